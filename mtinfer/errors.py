@@ -1,0 +1,52 @@
+"""Every error that mtinfer raises on purpose. The text is interface: what, got, allowed, next step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "MtinferError",
+    "OutputError",
+    "StructureError",
+    "UnknownHeadError",
+    "UnsupportedModelError",
+    "nearest",
+]
+
+
+class MtinferError(Exception):
+    """Base of all errors that a user can mend; the command line prints its text as one line."""
+
+
+class CheckpointError(MtinferError):
+    """A file is not a checkpoint, is damaged, or its weights and configuration disagree."""
+
+
+class UnsupportedModelError(MtinferError):
+    """A head uses a feature that mtinfer does not evaluate; other heads of the file still load."""
+
+
+class UnknownHeadError(MtinferError):
+    """The head asked for does not exist, or none was named where several exist."""
+
+
+class StructureError(MtinferError):
+    """A structure can't be evaluated: unknown element, NaN positions, singular cell, missing input."""
+
+
+class DataError(MtinferError):
+    """Labelled data can't be read: empty folder, label of the wrong shape, unknown format."""
+
+
+class OutputError(MtinferError):
+    """An output can't be written, or exists and must not be replaced."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return ``" (did you mean 'water'?)"`` for the closest of `allowed`, or an empty string."""
+    lowered = {candidate.lower(): candidate for candidate in allowed}
+    match = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f" (did you mean {lowered[match[0]]!r}?)" if match else ""
