@@ -1,0 +1,117 @@
+"""The two kinds of file, told by content, and what their containers hold; without torch."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ..errors import CheckpointError
+
+__all__ = ["StoredTensor", "file_kind", "read_pickle_bytes", "read_safetensors_header"]
+
+#: a longer header is no sensible file; the limit of the safetensors library
+MAX_HEADER = 100_000_000
+CREATED = "expected a training checkpoint (.pt) or a file written by 'mtinfer convert' (.safetensors)"
+
+
+class StoredTensor(NamedTuple):
+    """Entry of a safetensors header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def file_kind(path: Path) -> Literal["torch", "safetensors"]:
+    """Tell by its first bytes what a file is.
+
+    Parameters
+    ----------
+    path
+        File to look into.
+
+    Returns
+    -------
+    str
+        ``"torch"`` for a zip archive, ``"safetensors"`` for a safetensors header.
+
+    Raises
+    ------
+    CheckpointError
+        The file can't be opened, or is neither.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except FileNotFoundError:
+        raise CheckpointError(f"no such file: {str(path)!r}") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{str(path)!r} is a directory; {CREATED}") from None
+    except OSError as err:
+        raise CheckpointError(f"{str(path)!r} can't be read: {err.strerror}") from err
+    if start.startswith(b"PK\x03\x04"):
+        return "torch"
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER:
+        return "safetensors"
+    what = f"begins with {start!r}" if start else "is empty"
+    raise CheckpointError(f"{str(path)!r} is not a checkpoint: it {what}; {CREATED}")
+
+
+def read_pickle_bytes(path: Path) -> bytes:
+    """Read the pickled structure of a file that ``torch.save`` wrote; its tensors are not read.
+
+    Raises
+    ------
+    CheckpointError
+        The archive is damaged, or is another kind of model file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            inner = {name.partition("/")[2]: name for name in names}
+            if "data.pkl" not in inner or "constants.pkl" in inner:
+                raise CheckpointError(
+                    f"{str(path)!r} is a zip file but no training checkpoint (a frozen or exported model?); "
+                    f"{CREATED}"
+                )
+            return archive.read(inner["data.pkl"])
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as err:
+        raise CheckpointError(f"{str(path)!r} is truncated or damaged: {err}") from err
+
+
+def read_safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+    """Read metadata and tensor list of a safetensors file; its tensors are not read.
+
+    Returns
+    -------
+    metadata : dict
+        The strings that the writer attached.
+    tensors : dict
+        Dtype (``"F64"``, ``"F32"``) and shape by name.
+
+    Raises
+    ------
+    CheckpointError
+        The file is truncated, or its header is not valid.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            size = path.stat().st_size
+        metadata = header.pop("__metadata__", {})
+        ends = [entry["data_offsets"][1] for entry in header.values()]
+        tensors = {key: StoredTensor(entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
+        complete = 8 + length + max(ends, default=0) == size
+    except OSError as err:
+        raise CheckpointError(f"{str(path)!r} can't be read: {err.strerror}") from err
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as err:
+        raise CheckpointError(f"{str(path)!r} is truncated or damaged: its header is not valid") from err
+    if not complete:
+        raise CheckpointError(f"{str(path)!r} is truncated or damaged: its size differs from its header")
+    return _strings(metadata), tensors
+
+
+def _strings(metadata: Any) -> dict[str, str]:
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}

@@ -1,0 +1,195 @@
+"""Read every head of a checkpoint into named weights, and check weights against what a model expects."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..errors import CheckpointError
+from . import archive
+from .container import file_kind, read_pickle_bytes
+from .dialects import canonical_weights
+from .heads import HeadEntries, find_head, split_state
+from .records import Checkpoint, HeadRecord, Source
+from .unpickle import load_structure
+
+if TYPE_CHECKING:
+    from ..inputs import ParameterSpec
+
+__all__ = ["Checkpoint", "HeadRecord", "Source", "check_weights", "find_head", "read"]
+
+#: stored for information only, so that its value can't make a head unusable
+UNUSED = frozenset({"min_nbor_dist"})
+
+
+def read(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a training checkpoint or a converted file.
+
+    Nothing that the file says is run: only tensors and plain data are accepted. Of a checkpoint only the
+    weights in use are copied to memory; the file may be replaced afterwards.
+
+    Parameters
+    ----------
+    path
+        ``.pt`` of either dialect, with one or several heads, or ``.safetensors`` from a conversion. The
+        content decides, not the name.
+
+    Returns
+    -------
+    Checkpoint
+        All heads. A head that can't be evaluated has no weights but a reason in `refused`.
+
+    Raises
+    ------
+    CheckpointError
+        The file is missing, damaged, no checkpoint, contains code, has an unknown or ambiguous layout, or
+        weights that can't be assigned.
+    """
+    path = Path(path)
+    return archive.read(path) if file_kind(path) == "safetensors" else _read_training(path)
+
+
+def _read_training(path: Path) -> Checkpoint:
+    state = split_state(_load_tensors(path), torch.Tensor)
+    own = _PrivateCopies()
+    heads = {head.name: _record(head, state.dialect, own) for head in state.heads}
+    source = Source(path.name, path.stat().st_size, None)
+    return Checkpoint(path, state.dialect, state.step, heads, source, state.has_debris)
+
+
+def _load_tensors(path: Path) -> object:
+    structure = read_pickle_bytes(path)
+    try:
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as err:
+        load_structure(structure, str(path))  # names the code, where that is the reason
+        raise CheckpointError(f"{str(path)!r} holds objects other than tensors and plain data") from err
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError) as err:
+        reason = str(err).partition("\n")[0]
+        raise CheckpointError(f"{str(path)!r} is truncated or damaged: {reason}") from err
+
+
+def _numpy_scalars() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """What rebuilds a numpy scalar: versions before 2025 stored the learning rate as one."""
+    scalar: Any = np.float64(0.0).__reduce__()[0]
+    return [
+        np.dtype,
+        type(np.dtype(np.float64)),
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+    ]
+
+
+class _PrivateCopies:
+    """Copies tensors out of the mapped file, once for all heads that share one."""
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if key not in self._copies:
+            self._copies[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        return self._copies[key]
+
+
+def _record(head: HeadEntries[torch.Tensor], dialect: str, own: _PrivateCopies) -> HeadRecord:
+    weights = {}
+    if head.refused is None:
+        weights = canonical_weights(dialect, head.name, head.entries, same=_same_numbers)
+    return HeadRecord(
+        name=head.name,
+        aliases=head.aliases,
+        config=_with_fitting_mask(head),
+        weights={name: own(tensor) for name, tensor in weights.items()},
+        graph_lower_disabled=any(
+            bool(tensor.any())
+            for key, tensor in head.entries.items()
+            if key.endswith(".graph_lower_disabled")
+        ),
+        refused=head.refused,
+    )
+
+
+def _with_fitting_mask(head: HeadEntries[torch.Tensor]) -> dict[str, Any]:
+    """Configuration whose fitting net names the types that it leaves out, where they are not the head's own.
+
+    Heads that share a fitting net share its mask, too, and were trained with it; only the file knows.
+    """
+    mask = head.entries.get("atomic_model.fitting_net.emask.type_mask")
+    if mask is None:
+        return head.config
+    excluded = (mask == 0).nonzero().flatten().tolist()
+    if excluded == sorted(head.config.get("atom_exclude_types") or ()):
+        return head.config
+    return {**head.config, "fitting_net": {**head.config["fitting_net"], "exclude_types": excluded}}
+
+
+def _same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    # by bits: two copies of one weight are the same even where it is NaN
+    return a.data_ptr() == b.data_ptr() or torch.equal(
+        a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
+    )
+
+
+def check_weights(
+    head: str, weights: Mapping[str, torch.Tensor], expected: Mapping[str, ParameterSpec]
+) -> None:
+    """Compare the weights of a head with what its model expects, strictly.
+
+    Parameters
+    ----------
+    head
+        Name of the head, for error messages.
+    weights
+        Tensors by canonical name.
+    expected
+        Shape and dtype by canonical name.
+
+    Raises
+    ------
+    CheckpointError
+        A weight is missing or extra, has another shape or dtype, or holds NaN or infinity.
+    """
+    if missing := [name for name in expected if name not in weights]:
+        spec = expected[missing[0]]
+        raise CheckpointError(
+            f"head {head!r} lacks the weight {missing[0]!r}{_and_more(missing)}: its configuration asks for "
+            f"shape {tuple(spec.shape)}, {_dtype(spec.dtype)}"
+        )
+    if extra := [name for name in weights if name not in expected]:
+        raise CheckpointError(
+            f"head {head!r} has the weight {extra[0]!r}{_and_more(extra)}, shape "
+            f"{tuple(weights[extra[0]].shape)}, that its configuration has no place for"
+        )
+    for name, spec in expected.items():
+        tensor = weights[name]
+        if tuple(tensor.shape) != tuple(spec.shape) or tensor.dtype != spec.dtype:
+            raise CheckpointError(
+                f"the weight {name!r} of head {head!r} has shape {tuple(tensor.shape)}, "
+                f"{_dtype(tensor.dtype)}; its configuration asks for {tuple(spec.shape)}, "
+                f"{_dtype(spec.dtype)}"
+            )
+        if name not in UNUSED and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"the weight {name!r} of head {head!r} holds NaN or infinity in {count} of {tensor.numel()} "
+                "numbers; the training diverged or the file is damaged"
+            )
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
