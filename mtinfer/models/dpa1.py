@@ -1,0 +1,449 @@
+"""DPA-1 (`se_atten`) and `se_atten_v2`: type-aware pair features, gated self-attention, moments.
+
+Zhang et al., npj Comput. Mater. 10, 94 (2024), arXiv:2208.08236.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from ..inputs import GraphInputs, ParameterSpec
+from .environment import (
+    Environment,
+    TypeEmbedding,
+    add_to_first_row,
+    invariants,
+    statistics,
+    statistics_parameters,
+)
+from .layers import Network, Weights, layer_norm, precision, required, safe_norm
+from .layout import Argument, Block, Layout, Padding, Pairs, Selection, far_away, ragged_take, row_chunks
+
+
+@dataclass(frozen=True)
+class PairNetwork:
+    """Features G of a pair from its distance and the types of both ends: *concat* or *strip*."""
+
+    prefix: str
+    neuron: tuple[int, ...]
+    activation: str
+    resnet_dt: bool
+    dtype: torch.dtype
+    tebd_dim: int
+    strip: bool
+    one_sided: bool
+    #: strip only: the type factor fades with the switch
+    smooth: bool
+
+    @property
+    def _n_types_in(self) -> int:
+        return self.tebd_dim * (1 if self.one_sided else 2)
+
+    def _network(self, name: str, n_in: int) -> Network:
+        return Network(
+            f"{self.prefix}.{name}.0", (n_in, *self.neuron), self.activation, self.resnet_dt, self.dtype
+        )
+
+    @property
+    def radial(self) -> Network:
+        return self._network("embeddings", 1 if self.strip else 1 + self._n_types_in)
+
+    @property
+    def _typed(self) -> Network:
+        return self._network("embeddings_strip", self._n_types_in)
+
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """Return name -> shape and dtype of every weight."""
+        return self.radial.parameters() | (self._typed.parameters() if self.strip else {})
+
+    def prepare(self, weights: Weights, embedding: Tensor) -> dict[str, Tensor]:
+        """Weights for the graph: all that depends on types alone is evaluated here, once per pair of types.
+
+        Tables have n_types² rows, row ``t_i · n_types + t_j``.
+        """
+        n_types = embedding.shape[0]
+        of_j = embedding.repeat(n_types, 1)
+        of_i = embedding.repeat_interleave(n_types, 0)
+        pair_types = of_j if self.one_sided else torch.cat([of_j, of_i], dim=1)
+        kept = {name: weights[name] for name in self.radial.parameters()}
+        bias = kept.pop(f"{self.prefix}.embeddings.0.layers.0.b")
+        if self.strip:
+            kept[f"{self.prefix}.pair_factor"] = self._typed(pair_types, weights)
+            kept[f"{self.prefix}.pair_shift"] = bias
+        else:
+            w = weights[f"{self.prefix}.embeddings.0.layers.0.w"]
+            kept[f"{self.prefix}.pair_shift"] = pair_types @ w[1:] + bias
+            kept[f"{self.prefix}.pair_types"] = pair_types
+        return kept
+
+    def __call__(self, s: Tensor, w: Tensor, pair: Tensor, weights: Weights) -> Tensor:
+        """Pair features.
+
+        Parameters
+        ----------
+        s, w
+            shape (..., 1), first component of the environment row, and switch.
+        pair
+            shape (...), row of the pair tables.
+
+        Returns
+        -------
+        shape (..., neuron[-1])
+        """
+        shift = weights[f"{self.prefix}.pair_shift"]
+        if not self.strip:
+            rest = weights[f"{self.prefix}.pair_types"][pair]
+            return self.radial.on_scalar(s, rest, shift[pair], weights)
+        factor = weights[f"{self.prefix}.pair_factor"][pair]
+        if self.smooth:
+            factor = factor * w
+        return self.radial.on_scalar(s, s, shift, weights) * (1.0 + factor)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Gated self-attention among the neighbours of one centre (arXiv:2208.08236, eqs. 10-15)."""
+
+    prefix: str
+    n_layers: int
+    width: int
+    hidden: int
+    dtype: torch.dtype
+    smooth: bool
+    angular: bool
+    normalize: bool
+    scale: float
+    ln_eps: float
+
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """Return name -> shape and dtype of every weight."""
+        shapes = {
+            "in_proj.w": (self.width, 3 * self.hidden),
+            "in_proj.b": (3 * self.hidden,),
+            "out_proj.w": (self.hidden, self.width),
+            "out_proj.b": (self.width,),
+            "layer_norm.w": (self.width,),
+            "layer_norm.b": (self.width,),
+        }
+        return {
+            f"{self.prefix}.attention.{k}.{name}": ParameterSpec(shape, self.dtype)
+            for k in range(self.n_layers)
+            for name, shape in shapes.items()
+        }
+
+    def close(self, k: int, g: Tensor, update: Tensor | float, weights: Weights) -> Tensor:
+        """Output projection's bias, shortcut and layer norm of layer `k`; `update` is already projected."""
+        layer = f"{self.prefix}.attention.{k}"
+        scale, shift = weights[f"{layer}.layer_norm.w"], weights[f"{layer}.layer_norm.b"]
+        return layer_norm(g + update + weights[f"{layer}.out_proj.b"], scale, shift, self.ln_eps)
+
+    def __call__(
+        self, g: Tensor, rows: Tensor, w: Tensor, mask: Tensor, n_phantom: Tensor, weights: Weights
+    ) -> Tensor:
+        """All layers.
+
+        Parameters
+        ----------
+        g
+            shape (n, m, width), pair features.
+        rows
+            shape (n, m, 4), environment rows.
+        w, mask
+            shape (n, m, 1), switch, and 1 where a slot holds a neighbour.
+        n_phantom
+            shape (n, 1, 1), slots outside the arrays that still count in the smooth softmax.
+
+        Returns
+        -------
+        shape (n, m, width)
+        """
+        mask_j = mask.transpose(1, 2)
+        gate = mask.expand(-1, -1, mask.shape[1])
+        switches = w * w.transpose(1, 2)
+        if self.smooth:
+            gate = gate * switches
+        if self.angular:
+            direction = rows[..., 1:]
+            direction = direction / torch.clamp(safe_norm(direction), min=1e-12)
+            gate = gate * (direction @ direction.transpose(1, 2))
+        for k in range(self.n_layers):
+            layer = f"{self.prefix}.attention.{k}"
+            projected = g @ weights[f"{layer}.in_proj.w"] + weights[f"{layer}.in_proj.b"]
+            query, key, value = projected.split(self.hidden, dim=-1)
+            if self.normalize:
+                query, key, value = (x / torch.clamp(safe_norm(x), min=1e-12) for x in (query, key, value))
+            logits = (query @ key.transpose(1, 2)) * self.scale
+            if self.smooth:
+                logits = (logits + 20.0) * switches - 20.0
+            update = (self._softmax(logits, mask_j, n_phantom) * gate) @ value
+            g = self.close(k, g, update @ weights[f"{layer}.out_proj.w"], weights)
+        return g
+
+    def _softmax(self, logits: Tensor, mask_j: Tensor, n_phantom: Tensor) -> Tensor:
+        logits = torch.where(mask_j > 0, logits, -20.0)
+        peak = logits.amax(-1, keepdim=True).detach()
+        weight = torch.exp(logits - peak) * mask_j
+        total = weight.sum(-1, keepdim=True)
+        if self.smooth:
+            total = total + n_phantom * torch.exp(-20.0 - peak)
+        return weight / torch.where(total > 0, total, 1.0)
+
+
+@dataclass(frozen=True)
+class DPA1:
+    """Descriptor `se_atten` / `se_atten_v2`. Its graph arguments are those of `layouts`."""
+
+    n_types: int
+    sel: int
+    environment: Environment
+    axis_neuron: int
+    pair_network: PairNetwork
+    attention: Attention
+    type_embedding: TypeEmbedding
+    concat_output_tebd: bool
+    dtype: torch.dtype
+    selection: Selection = field(repr=False)
+    #: prefix of its weights; the first stage of DPA-2 is a DPA-1, too
+    block: str
+
+    mixed_types = True
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        type_map: Sequence[str],
+        pair_exclude: tuple[tuple[int, int], ...],
+        pt: bool,
+        graph: bool,
+        block: str = "descriptor.se_atten",
+    ) -> DPA1:
+        """Read a descriptor configuration; missing keys get the defaults of the writing code.
+
+        Parameters
+        ----------
+        pt
+            dialect, which decides a few defaults.
+        graph
+            keep all neighbours instead of the nearest `sel`.
+        block
+            prefix of its weights.
+        """
+        config = _with_v2_defaults(config)
+        if int(config.get("lmax", 1)) > 1:
+            raise UnsupportedModelError(
+                f"se_atten option lmax={config['lmax']} is not supported; supported is 1"
+            )
+        if config.get("attn_mask"):
+            raise UnsupportedModelError("se_atten option attn_mask=true is not supported")
+        n_types = len(type_map)
+        dtype = precision(config.get("precision", "default"))
+        neuron = tuple(config.get("neuron", (25, 50, 100)))
+        smooth = bool(config.get("smooth_type_embedding", config.get("smooth_type_embdding", True)))
+        sel = config["sel"] if isinstance(config["sel"], int) else sum(config["sel"])
+        hidden = int(config.get("attn", 128))
+        temperature = config.get("temperature")
+        scaling = float(config.get("scaling_factor", 1.0))
+        tebd_dim = int(config.get("tebd_dim", 8))
+        return cls(
+            n_types=n_types,
+            sel=sel,
+            environment=Environment(
+                float(required(config, "rcut", "se_atten")),
+                float(required(config, "rcut_smth", "se_atten")),
+                float(config.get("env_protection", 0.0)),
+            ),
+            axis_neuron=int(config.get("axis_neuron", config.get("n_axis_neuron", 16 if pt else 8))),
+            pair_network=PairNetwork(
+                block,
+                neuron,
+                str(config.get("activation_function", "tanh")),
+                bool(config.get("resnet_dt", False)),
+                dtype,
+                tebd_dim,
+                _is_strip(config),
+                bool(config.get("type_one_side", False)),
+                smooth,
+            ),
+            attention=Attention(
+                block,
+                int(config.get("attn_layer", 2)),
+                neuron[-1],
+                hidden,
+                dtype,
+                smooth,
+                bool(config.get("attn_dotr", True)),
+                bool(config.get("normalize", True)),
+                float(temperature) if temperature is not None else (hidden * scaling) ** -0.5,
+                float(config.get("ln_eps") or 1e-5),
+            ),
+            type_embedding=TypeEmbedding(
+                "descriptor.type_embedding",
+                n_types,
+                tebd_dim,
+                bool(config.get("use_tebd_bias", False)),
+                dtype,
+                tuple(type_map) if config.get("use_econf_tebd", False) else None,
+            ),
+            concat_output_tebd=bool(config.get("concat_output_tebd", True)),
+            dtype=dtype,
+            selection=Selection(
+                n_types,
+                None if graph else (sel,),
+                exclude=tuple((a, b) for a, b in config.get("exclude_types") or ()),
+                pair_exclude=pair_exclude,
+            ),
+            block=block,
+        )
+
+    @property
+    def rcut(self) -> float:
+        return self.environment.rcut
+
+    @property
+    def width(self) -> int:
+        """Width of the descriptor of one atom."""
+        width = self.attention.width * self.axis_neuron
+        return width + self.type_embedding.width if self.concat_output_tebd else width
+
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """Return name -> shape and dtype of every weight."""
+        return (
+            statistics_parameters(self.block, self.n_types, self.sel, self.dtype)
+            | self.pair_network.parameters()
+            | self.attention.parameters()
+            | self.type_embedding.parameters()
+        )
+
+    def prepare(self, weights: Weights) -> list[dict[str, Tensor]]:
+        """Weights for the graph, in the single group of this descriptor."""
+        embedding = self.type_embedding.rows(weights)
+        mean, stddev = statistics(weights, self.block)
+        prepared = {
+            "descriptor.type_embedding": embedding,
+            f"{self.block}.mean": mean,
+            f"{self.block}.stddev": stddev,
+        }
+        prepared |= self.pair_network.prepare(weights, embedding)
+        prepared |= {name: weights[name] for name in self.attention.parameters()}
+        prepared[f"{self.block}.empty"] = self._empty_slot(prepared)
+        return [prepared]
+
+    def _empty_slot(self, prepared: Weights) -> Tensor:
+        """Contribution of one empty slot to component 0 of the moment, by pair of types, (n_types², g).
+
+        Upstream lets an empty slot take part with a raw row of zeros, and with the type of the frame's
+        first atom as its neighbour.
+        """
+        n_types = self.n_types
+        s = (-prepared[f"{self.block}.mean"] / prepared[f"{self.block}.stddev"])[:, :1]
+        s = s.repeat_interleave(n_types, 0)
+        pair = torch.arange(n_types * n_types, device=s.device)
+        g = self.pair_network(s, torch.zeros_like(s), pair, prepared)
+        for k in range(self.attention.n_layers):
+            g = self.attention.close(k, g, 0.0, prepared)
+        return s * g
+
+    def arguments(self) -> tuple[list[Argument], list[Argument]]:
+        """Displacement arrays and further arguments of the graph; see `__call__`."""
+        index = torch.int64
+        return [Argument(("atoms", "slots", 3))], [
+            Argument(("atoms",), index),
+            Argument(("atoms", "slots"), index),
+            Argument(("atoms",), index),
+            Argument(("atoms",)),
+            Argument(("atoms",)),
+        ]
+
+    def layouts(self, inputs: GraphInputs, pairs: Pairs) -> list[Layout]:
+        """Padded neighbour matrices, a few centres each."""
+        counts = torch.bincount(pairs.centers, minlength=inputs.n_atoms)
+        return [self.layout(inputs, pairs, counts, atoms) for atoms in row_chunks(counts)]
+
+    def layout(self, inputs: GraphInputs, pairs: Pairs, counts: Tensor, atoms: Tensor) -> Layout:
+        """One padded neighbour matrix.
+
+        Parameters
+        ----------
+        counts
+            shape (n_atoms,), pairs of every centre.
+        atoms
+            shape (n,), the centres.
+        """
+        n_types = self.n_types
+        own = ragged_take(counts, atoms)
+        padding = Padding.of(counts[atoms])
+        edges = pairs.edges[own]
+        vectors = inputs.displacements[edges]
+        pair_type = inputs.types[pairs.centers[own]] * n_types + inputs.types[pairs.neighbors[own]]
+        types = inputs.types[atoms]
+        first = inputs.types[torch.searchsorted(inputs.frames, inputs.frames[atoms])]
+        return Layout(
+            group=0,
+            displacements=(padding(vectors, far_away(vectors, self.rcut)),),
+            tensors=(
+                types,
+                padding(pair_type, 0),
+                types * n_types + first,
+                pairs.n_empty[atoms, 0].to(torch.float64),
+                pairs.n_phantom[atoms].to(torch.float64),
+            ),
+            blocks=(Block(padding.slots, edges),),
+            atoms=atoms,
+        )
+
+    def __call__(
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
+    ) -> tuple[Tensor, Tensor]:
+        """Descriptor of every centre.
+
+        Parameters
+        ----------
+        displacements
+            one array, shape (n, m, 3), Å.
+        tensors
+            types (n,), row of the pair tables (n, m), row of the empty-slot table (n,),
+            numbers of empty and of phantom slots (n,).
+
+        Returns
+        -------
+        descriptor, shape (n, width), and types, shape (n,)
+        """
+        types, pair, empty_pair, n_empty, n_phantom = tensors
+        n_empty, n_phantom = n_empty.to(self.dtype), n_phantom.to(self.dtype)
+        mean, stddev = (weights[f"{self.block}.{name}"][types].unsqueeze(1) for name in ("mean", "stddev"))
+        rows, w, mask = self.environment.rows(displacements[0].to(self.dtype), mean, stddev)
+        g = self.pair_network(rows[..., :1], w, pair, weights)
+        if self.attention.n_layers:
+            # each centre's phantoms: the slots that upstream has and this array lacks
+            g = self.attention(g, rows, w, mask, n_phantom[:, None, None], weights)
+        moment = rows.transpose(1, 2) @ g
+        moment = add_to_first_row(moment, n_empty.unsqueeze(1) * weights[f"{self.block}.empty"][empty_pair])
+        features = invariants(moment / self.sel, self.axis_neuron)
+        if self.concat_output_tebd:
+            features = torch.cat([features, weights["descriptor.type_embedding"][types]], dim=1)
+        return features, types
+
+
+def _is_strip(config: Mapping[str, Any]) -> bool:
+    stripped = config.get("stripped_type_embedding")
+    if stripped is not None:
+        return bool(stripped)
+    mode = config.get("tebd_input_mode", "concat")
+    if mode not in ("concat", "strip"):
+        raise UnsupportedModelError(f"tebd_input_mode {mode!r} is unknown; known are concat and strip")
+    return bool(mode == "strip")
+
+
+def _with_v2_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    if config.get("type") != "se_atten_v2":
+        return config
+    forced = {"tebd_input_mode": "strip", "stripped_type_embedding": None, "smooth_type_embedding": True}
+    return {**config, **forced}

@@ -1,0 +1,245 @@
+"""A head as an energy model: descriptor, fitting net, per-type biases, and the derivatives of the energy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from ..inputs import GraphInputs, ParameterSpec
+from .dpa1 import DPA1
+from .dpa2 import DPA2
+from .dpa3 import DPA3
+from .fitting import EnergyFitting
+from .layers import Weights, required
+from .layout import Argument, Layout, Pairs, Selection
+from .se_e2_a import SeE2A
+
+
+class Descriptor(Protocol):
+    """What every descriptor offers. It is called on the arguments that `layouts` made."""
+
+    selection: Selection
+    #: one fitting net for all types, or one per centre type (then: one weight group per type)
+    mixed_types: bool
+
+    @property
+    def rcut(self) -> float: ...
+    @property
+    def width(self) -> int: ...
+    def parameters(self) -> dict[str, ParameterSpec]: ...
+    def prepare(self, weights: Weights) -> list[dict[str, Tensor]]: ...
+    def arguments(self) -> tuple[list[Argument], list[Argument]]: ...
+    def layouts(self, inputs: GraphInputs, pairs: Pairs) -> list[Layout]: ...
+    def __call__(
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+#: descriptor `type` of a configuration -> class
+_DESCRIPTORS: dict[str, Any] = {
+    "se_e2_a": SeE2A,
+    "se_a": SeE2A,
+    "se_atten": DPA1,
+    "dpa1": DPA1,
+    "se_atten_v2": DPA1,
+    "dpa2": DPA2,
+    "dpa3": DPA3,
+}
+
+
+@dataclass(frozen=True)
+class EnergyModel:
+    """Architecture of one head: everything about it except its weights.
+
+    Its repr is the signature of its graph: fields that reach the graph as data are left out of it, here and
+    in all parts.
+    """
+
+    type_map: tuple[str, ...] = field(repr=False)
+    descriptor: Descriptor
+    fitting: EnergyFitting
+    #: types whose energy is zero, and types whose fitting net is left out (their `out_bias` stays)
+    atom_exclude_types: tuple[int, ...] = field(repr=False)
+    fitting_exclude_types: tuple[int, ...] = field(repr=False)
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], dialect: str, *, graph_lower_disabled: bool = False
+    ) -> EnergyModel:
+        """Build from the configuration of one head.
+
+        Parameters
+        ----------
+        config
+            entry of `model_dict` of a checkpoint (or the whole of `model_params` of a single-task one).
+        dialect
+            "pt" or "pt_expt"; decides the neighbour semantics and a few defaults.
+        graph_lower_disabled
+            flag stored by pt_expt: the model keeps the dense neighbour list.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the head uses a feature that is not supported.
+        """
+        described = required(config, "descriptor", "the head")
+        kind = described.get("type", "se_e2_a")
+        if kind not in _DESCRIPTORS:
+            raise UnsupportedModelError(
+                f"descriptor {kind!r} is not supported; supported are {', '.join(sorted(_DESCRIPTORS))}"
+            )
+        type_map = tuple(required(config, "type_map", "the head"))
+        descriptor = _DESCRIPTORS[kind].from_config(
+            described,
+            type_map=type_map,
+            pair_exclude=tuple((a, b) for a, b in config.get("pair_exclude_types") or ()),
+            pt=dialect == "pt",
+            graph=dialect == "pt_expt" and not graph_lower_disabled and kind in _GRAPH_NATIVE,
+        )
+        fitting = EnergyFitting.from_config(
+            required(config, "fitting_net", "the head"),
+            n_types=len(type_map),
+            descriptor_width=descriptor.width,
+            mixed_types=descriptor.mixed_types,
+            pt=dialect == "pt",
+        )
+        excluded = tuple(config.get("atom_exclude_types") or ())
+        return cls(
+            type_map,
+            descriptor,
+            fitting,
+            atom_exclude_types=excluded,
+            fitting_exclude_types=tuple(config["fitting_net"].get("exclude_types", excluded)),
+        )
+
+    @property
+    def rcut(self) -> float:
+        """Cutoff of the neighbour list, Å."""
+        return self.descriptor.rcut
+
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """Every weight that a file must hold: canonical name -> shape and dtype."""
+        n_types = len(self.type_map)
+        return {
+            "out_bias": ParameterSpec((1, n_types, 1), torch.float64),
+            "out_std": ParameterSpec((1, n_types, 1), torch.float64),
+            "min_nbor_dist": ParameterSpec((), torch.float64),
+            **self.descriptor.parameters(),
+            **self.fitting.parameters(),
+        }
+
+    def prepare(self, weights: Weights) -> list[dict[str, Tensor]]:
+        """Weights as the graph reads them, one dict per weight group.
+
+        What depends on weights alone is multiplied out here, once per head. Differentiable.
+
+        Parameters
+        ----------
+        weights
+            canonical name -> tensor, as `parameters` lists them.
+        """
+        shared = {
+            "energy.out_bias": weights["out_bias"][0, :, 0] * self._kept(self.atom_exclude_types, weights),
+            "energy.kept": self._kept((*self.atom_exclude_types, *self.fitting_exclude_types), weights),
+        }
+        return [
+            shared | group | self.fitting.group(weights, index)
+            for index, group in enumerate(self.descriptor.prepare(weights))
+        ]
+
+    def _kept(self, excluded: Sequence[int], weights: Weights) -> Tensor:
+        kept = torch.ones(len(self.type_map), dtype=torch.float64, device=weights["out_bias"].device)
+        kept[list(excluded)] = 0.0
+        return kept
+
+    def arguments(self) -> tuple[list[Argument], list[Argument]]:
+        """Displacement arrays and further arguments of the graph, as `layouts` makes them."""
+        displacements, tensors = self.descriptor.arguments()
+        parameters = [Argument(("atoms", n)) for n in (self.fitting.numb_fparam, self.fitting.numb_aparam)]
+        return displacements, [*tensors, *parameters]
+
+    def layouts(self, inputs: GraphInputs) -> tuple[list[Layout], int]:
+        """Arguments of the graph for `inputs`, and how many atoms lost neighbours to truncation."""
+        pairs = self.descriptor.selection(inputs)
+        layouts = self.descriptor.layouts(inputs, pairs)
+        return [self._with_parameters(layout, inputs) for layout in layouts], pairs.n_truncated
+
+    def _with_parameters(self, layout: Layout, inputs: GraphInputs) -> Layout:
+        fparam = inputs.fparam[inputs.frames[layout.atoms]]
+        tensors = (*layout.tensors, fparam, inputs.aparam[layout.atoms])
+        return Layout(layout.group, layout.displacements, tensors, layout.blocks, layout.atoms)
+
+    def atom_energies(
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
+    ) -> Tensor:
+        """Atomic energies of the centres of one layout, shape (n_centers,), eV, float64.
+
+        Parameters
+        ----------
+        displacements, tensors
+            as in `Layout`.
+        weights
+            one group of `prepare`.
+        """
+        *own, fparam, aparam = tensors
+        features, types = self.descriptor(displacements, tuple(own), weights)
+        fitted = self.fitting(features, types, fparam, aparam, weights).to(torch.float64)
+        return fitted * weights["energy.kept"][types] + weights["energy.out_bias"][types]
+
+    def energies_and_gradients(
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
+    ) -> tuple[Tensor, ...]:
+        """Atomic energies, and dE/d(displacement) for every displacement array, eV/Å.
+
+        Plain functions of tensors all the way down, so that it can be traced, and differentiated once more.
+        """
+
+        def total(vectors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+            energies = self.atom_energies(vectors, tensors, weights)
+            return energies.sum(), energies
+
+        gradients, energies = torch.func.grad(total, has_aux=True)(displacements)
+        return (energies, *gradients)
+
+
+#: descriptors that pt_expt evaluates on all neighbours instead of a truncated list
+_GRAPH_NATIVE = ("se_atten", "dpa1", "se_atten_v2", "dpa2")
+
+
+def edge_gradients(
+    layouts: Sequence[Layout], gradients: Sequence[Sequence[Tensor]], inputs: GraphInputs
+) -> Tensor:
+    """Collect the gradients of all layouts on the pairs of `inputs`, shape (n_edges, 3), eV/Å."""
+    total = torch.zeros_like(inputs.displacements)
+    for layout, arrays in zip(layouts, gradients, strict=True):
+        for block, gradient in zip(layout.blocks, arrays, strict=True):
+            total[block.edges] += gradient.reshape(-1, 3)[block.slots]
+    return total
+
+
+def forces_and_virial(gradient: Tensor, inputs: GraphInputs) -> tuple[Tensor, Tensor]:
+    """Forces and virial from g = dE/dd of every pair, d = r_j - r_i.
+
+    F_k = Σ_(k,j) g - Σ_(i,k) g and W = -Σ g ⊗ d, summed in the order of the pairs.
+
+    Parameters
+    ----------
+    gradient
+        shape (n_edges, 3), eV/Å.
+
+    Returns
+    -------
+    forces (n_atoms, 3), eV/Å, and virial (n_frames, 3, 3), eV
+    """
+    forces = gradient.new_zeros(inputs.n_atoms, 3)
+    forces.index_add_(0, inputs.centers, gradient)
+    forces.index_add_(0, inputs.neighbors, gradient, alpha=-1)
+    outer = (gradient.unsqueeze(2) * inputs.displacements.unsqueeze(1)).reshape(-1, 9)
+    virial = gradient.new_zeros(inputs.n_frames, 9)
+    virial.index_add_(0, inputs.frames[inputs.centers], outer, alpha=-1)
+    return forces, virial.reshape(-1, 3, 3)

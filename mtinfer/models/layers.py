@@ -1,0 +1,230 @@
+"""Building blocks shared by all descriptors and the fitting net: activations, affine layers, switch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError, nearest
+from ..inputs import ParameterSpec
+
+#: name -> tensor; the names are the canonical ones of `mtinfer.checkpoint.dialects`
+Weights = Mapping[str, Tensor]
+
+_PRECISIONS = {
+    "default": torch.float64,
+    "float64": torch.float64,
+    "double": torch.float64,
+    "float32": torch.float32,
+    "single": torch.float32,
+}
+
+
+def precision(name: str) -> torch.dtype:
+    """Return the dtype that a configuration's `precision` names.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For half precisions.
+    """
+    try:
+        return _PRECISIONS[name]
+    except KeyError:
+        raise UnsupportedModelError(
+            f"precision {name!r} is not supported; supported are float64 and float32"
+        ) from None
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def _silu(x: Tensor) -> Tensor:
+    # written out: torch's silu_backward has no second derivative under make_fx (torch 2.13)
+    return x * torch.sigmoid(x)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    # overflow-safe, and free of softplus_backward, which has no second derivative under make_fx
+    return torch.clamp(x, min=0.0) + torch.log1p(torch.exp(-torch.abs(x)))
+
+
+def _silut(threshold: float) -> Callable[[Tensor], Tensor]:
+    sigma = 1.0 / (1.0 + math.exp(-threshold))
+    slope = sigma * (1.0 + threshold * (1.0 - sigma))
+    offset = threshold * sigma
+
+    def silut(x: Tensor) -> Tensor:
+        return torch.where(x < threshold, _silu(x), torch.tanh(slope * (x - threshold)) + offset)
+
+    return silut
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": lambda x: torch.clamp(x, min=0.0),
+    "relu6": lambda x: torch.clamp(x, min=0.0, max=6.0),
+    "sigmoid": torch.sigmoid,
+    "softplus": _softplus,
+    "gelu": _gelu,
+    "gelu_tf": _gelu,
+    "silu": _silu,
+    "none": _identity,
+    "linear": _identity,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """Return the activation function of a configuration; `silut:t` carries its threshold.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For an unknown name.
+    """
+    kind, _, argument = name.lower().partition(":")
+    if kind in ("silut", "custom_silu"):
+        return _silut(float(argument) if argument else 3.0)
+    if kind in _ACTIVATIONS and not argument:
+        return _ACTIVATIONS[kind]
+    allowed = (*_ACTIVATIONS, "silut[:threshold]")
+    raise UnsupportedModelError(
+        f"activation function {name!r} is unknown{nearest(name, allowed)}; known are {', '.join(allowed)}"
+    )
+
+
+@dataclass(frozen=True)
+class Network:
+    """Fully connected network whose hidden layers carry a shortcut where the widths allow it.
+
+    Hidden layer: y = f(x W + b) [⊙ idt] + shortcut, where the shortcut is x (out = in), [x, x]
+    (out = 2 in) or absent. Zhang et al., NeurIPS 2018 (arXiv:1805.09003), SI eq. 5.
+    """
+
+    prefix: str
+    #: n_0 (input) … n_L
+    widths: tuple[int, ...]
+    activation: str
+    resnet_dt: bool
+    dtype: torch.dtype
+    #: the last layer is affine: no activation, no shortcut
+    linear_output: bool = False
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.widths) - 1
+
+    def _is_hidden(self, k: int) -> bool:
+        return not (self.linear_output and k == self.n_layers - 1)
+
+    def repeats(self, k: int) -> int:
+        """How many copies of its input the shortcut of layer `k` adds: 0, 1 or 2."""
+        n_in, n_out = self.widths[k], self.widths[k + 1]
+        return {n_in: 1, 2 * n_in: 2}.get(n_out, 0) if self._is_hidden(k) else 0
+
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """Return name -> shape and dtype of every weight."""
+        specs = {}
+        for k, (n_in, n_out) in enumerate(zip(self.widths[:-1], self.widths[1:], strict=True)):
+            layer = f"{self.prefix}.layers.{k}"
+            specs[f"{layer}.w"] = ParameterSpec((n_in, n_out), self.dtype)
+            specs[f"{layer}.b"] = ParameterSpec((n_out,), self.dtype)
+            if self.resnet_dt and self.repeats(k):
+                specs[f"{layer}.idt"] = ParameterSpec((n_out,), self.dtype)
+        return specs
+
+    def layer(self, k: int, x: Tensor, weights: Weights) -> Tensor:
+        """Layer `k`: shape (..., n_k) -> (..., n_{k+1})."""
+        layer = f"{self.prefix}.layers.{k}"
+        return self.finish(k, x @ weights[f"{layer}.w"] + weights[f"{layer}.b"], x, weights)
+
+    def columns(self, k: int, x: Tensor, weights: Weights) -> Tensor:
+        """Layer `k` with the features on axis 1: shape (n, n_k, p) -> (n, n_{k+1}, p).
+
+        Where p is much larger than the widths, the compiler can vectorise over p only in this order.
+        """
+        layer = f"{self.prefix}.layers.{k}"
+        affine = weights[f"{layer}.w"].T @ x + weights[f"{layer}.b"].unsqueeze(1)
+        return self.finish(k, affine, x, weights, axis=1)
+
+    def finish(self, k: int, affine: Tensor, x: Tensor, weights: Weights, *, axis: int = -1) -> Tensor:
+        """All of layer `k` that follows the affine map; `x` is the input, features are on `axis`."""
+        if not self._is_hidden(k):
+            return affine
+        y = activation(self.activation)(affine)
+        idt = weights.get(f"{self.prefix}.layers.{k}.idt")
+        if idt is not None:
+            y = y * (idt if axis == -1 else idt.unsqueeze(1))
+        repeats = self.repeats(k)
+        if repeats == 2:
+            # [x, x] as a broadcast: a concatenation would keep the compiler from vectorising the sum
+            pair = y.unflatten(axis, (2, x.shape[axis])) + x.unsqueeze(axis - 1 if axis < 0 else axis)
+            return pair.flatten(-2) if axis == -1 else pair.flatten(axis, axis + 1)
+        return y + x if repeats else y
+
+    def __call__(self, x: Tensor, weights: Weights) -> Tensor:
+        """Shape (..., n_0) -> (..., n_L)."""
+        for k in range(self.n_layers):
+            x = self.layer(k, x, weights)
+        return x
+
+    def on_scalar(self, s: Tensor, rest: Tensor, shift: Tensor, weights: Weights) -> Tensor:
+        """Evaluate on the input [s, rest] whose constant part was multiplied out beforehand.
+
+        Parameters
+        ----------
+        s
+            shape (..., 1), the first input.
+        rest
+            shape (..., n_0 - 1), the other inputs; read only where layer 0 has a shortcut.
+        shift
+            shape (..., n_1), ``rest @ w[1:] + b`` of layer 0.
+        """
+        affine = s * weights[f"{self.prefix}.layers.0.w"][0] + shift
+        x = torch.cat([s, rest], dim=-1) if self.repeats(0) and self.widths[0] > 1 else s
+        x = self.finish(0, affine, x, weights)
+        for k in range(1, self.n_layers):
+            x = self.layer(k, x, weights)
+        return x
+
+
+def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """Layer norm over the last axis, with the biased variance (arXiv:1607.06450)."""
+    centred = x - x.mean(-1, keepdim=True)
+    variance = (centred * centred).mean(-1, keepdim=True)
+    return centred * torch.rsqrt(variance + eps) * scale + shift
+
+
+def safe_norm(x: Tensor) -> Tensor:
+    """Euclidean norm over the last axis, kept as an axis of one, with gradient zero at the origin."""
+    square = (x * x).sum(-1, keepdim=True)
+    positive = square > 0
+    return torch.where(positive, torch.sqrt(torch.where(positive, square, 1.0)), 0.0)
+
+
+def switch(r: Tensor, rcut_smth: float, rcut: float) -> Tensor:
+    """Smooth cutoff w(r): 1 below `rcut_smth`, 0 from `rcut` on, two continuous derivatives.
+
+    w = u³(-6u² + 15u - 10) + 1 with u = (r - rcut_smth)/(rcut - rcut_smth); Zhang et al., NeurIPS 2018
+    (arXiv:1805.09003), eq. 8.
+    """
+    u = (torch.clamp(r, rcut_smth, rcut) - rcut_smth) / (rcut - rcut_smth)
+    return u * u * u * (-6.0 * u * u + 15.0 * u - 10.0) + 1.0
+
+
+def required(config: Mapping[str, Any], key: str, where: str) -> Any:
+    """Return ``config[key]``; a missing key has no default in any version of the format."""
+    try:
+        return config[key]
+    except KeyError:
+        raise UnsupportedModelError(f"{where} lacks the required key {key!r}") from None

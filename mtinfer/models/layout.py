@@ -1,0 +1,288 @@
+"""From a flat list of pairs to the padded arrays that a graph reads: truncation, exclusion, padding.
+
+The two truncation semantics of the family live here and reach the graph as data only. *dense* keeps the
+nearest ``sel`` neighbours and counts the slots that stay empty, because empty slots take part in the sums;
+*graph* keeps every neighbour and has no empty slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..inputs import GraphInputs
+
+
+@dataclass(frozen=True)
+class Block:
+    """One array of displacement slots and the pairs that fill it."""
+
+    #: (n_filled,) int64, position in the flattened slots
+    slots: Tensor
+    #: (n_filled,) int64, index of the pair in `GraphInputs`
+    edges: Tensor
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Declared shape of one argument of a graph.
+
+    Axes of one name have one size, which changes from call to call; a number is part of the architecture.
+    """
+
+    axes: tuple[str | int, ...]
+    dtype: torch.dtype = torch.float64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Arguments of one call of the graph, as its descriptor declares them, and where the results belong."""
+
+    #: index into the weight groups of a head
+    group: int
+    #: displacement arrays, (..., 3) each, Å; the graph returns dE/d(displacement) for every one of them
+    displacements: tuple[Tensor, ...]
+    #: further arguments
+    tensors: tuple[Tensor, ...]
+    #: one per displacement array
+    blocks: tuple[Block, ...]
+    #: (n_centers,) int64, atom of each row of the atomic energies
+    atoms: Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs that survive truncation and exclusion, with the counts that the empty slots need."""
+
+    #: (n_pairs,) int64 each; `edges` indexes `GraphInputs`, sorted by centre
+    centers: Tensor
+    neighbors: Tensor
+    edges: Tensor
+    #: (n_atoms, n_sections) int64, slots that no neighbour fills (they take part in the sums)
+    n_empty: Tensor
+    #: (n_atoms,) int64, slots without a valid neighbour: empty or excluded by the descriptor
+    n_phantom: Tensor
+    #: (n_atoms,) bool, atoms that lost neighbours to truncation, here or in `inner`
+    truncated: Tensor
+    #: the shorter lists of further blocks
+    inner: tuple[Pairs, ...] = ()
+
+    @property
+    def n_truncated(self) -> int:
+        """Number of atoms that lost neighbours to truncation."""
+        return int(self.truncated.sum())
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which pairs a model sees: cutoff, slots per section, exclusions.
+
+    `sel` has one entry per neighbour type (`by_type`) or a single one; None keeps all neighbours (*graph*).
+    `exclude` drops pairs inside the descriptor, `pair_exclude` drops them from the neighbour list.
+    """
+
+    n_types: int
+    sel: tuple[int, ...] | None
+    by_type: bool = False
+    exclude: tuple[tuple[int, int], ...] = ()
+    pair_exclude: tuple[tuple[int, int], ...] = ()
+    #: Å, shorter than that of the inputs
+    rcut: float | None = None
+    #: shorter lists that further blocks of the model see, cut from this one
+    inner: tuple[Selection, ...] = ()
+    #: whether pairs dropped by `pair_exclude` leave no gap in the list that `inner` is cut from
+    closes_gaps: bool = False
+
+    def __call__(self, inputs: GraphInputs) -> Pairs:
+        """Apply to all pairs of `inputs`, which are sorted by centre and, where truncated, by distance."""
+        return self._apply(inputs, _Working.start(inputs))
+
+    def _apply(self, inputs: GraphInputs, pairs: _Working) -> Pairs:
+        if self.rcut is not None:
+            pairs = pairs.within(self.rcut, inputs.displacements)
+        truncated = torch.zeros_like(inputs.types, dtype=torch.bool)
+        if self.sel is not None:
+            truncated = pairs.counts(inputs.n_atoms) > sum(self.sel)
+            if truncated.any():
+                pairs = pairs.nearest_first(inputs.displacements).keep_ranks(inputs.n_atoms, sum(self.sel))
+        with_gaps = pairs
+        pairs = pairs.without(self._excluded(self.pair_exclude, inputs, pairs))
+        inner = tuple(
+            shorter._apply(inputs, pairs if self.closes_gaps else with_gaps) for shorter in self.inner
+        )
+        section = inputs.types[pairs.neighbors] if self.by_type else torch.zeros_like(pairs.neighbors)
+        n_sections = self.n_types if self.by_type else 1
+        if self.by_type and self.sel is not None:
+            pairs, section, cut = pairs.keep_sections(inputs, section, self.sel)
+            truncated = truncated | cut
+        n_real = torch.bincount(pairs.centers * n_sections + section, minlength=inputs.n_atoms * n_sections)
+        n_real = n_real.reshape(inputs.n_atoms, n_sections)
+        pairs = pairs.without(self._excluded(self.exclude, inputs, pairs))
+        n_valid = pairs.counts(inputs.n_atoms)
+        if self.sel is None:
+            n_empty, n_phantom = torch.zeros_like(n_real), torch.zeros_like(n_valid)
+        else:
+            sel = torch.tensor(self.sel, device=n_real.device)
+            n_empty, n_phantom = sel - n_real, sel.sum() - n_valid
+        for cut_list in inner:
+            truncated = truncated | cut_list.truncated
+        return Pairs(pairs.centers, pairs.neighbors, pairs.edges, n_empty, n_phantom, truncated, inner)
+
+    def _excluded(
+        self, excluded: Iterable[tuple[int, int]], inputs: GraphInputs, pairs: _Working
+    ) -> Tensor | None:
+        table = torch.zeros(self.n_types, self.n_types, dtype=torch.bool)
+        for a, b in excluded:
+            table[a, b] = table[b, a] = True
+        if not table.any():
+            return None
+        table = table.to(pairs.centers.device)
+        return table[inputs.types[pairs.centers], inputs.types[pairs.neighbors]]
+
+
+@dataclass(frozen=True)
+class _Working:
+    centers: Tensor
+    neighbors: Tensor
+    edges: Tensor
+
+    @classmethod
+    def start(cls, inputs: GraphInputs) -> _Working:
+        edges = torch.arange(inputs.centers.shape[0], device=inputs.centers.device)
+        return cls(inputs.centers, inputs.neighbors, edges)
+
+    def take(self, index: Tensor) -> _Working:
+        return _Working(self.centers[index], self.neighbors[index], self.edges[index])
+
+    def counts(self, n_atoms: int) -> Tensor:
+        return torch.bincount(self.centers, minlength=n_atoms)
+
+    def without(self, dropped: Tensor | None) -> _Working:
+        return self if dropped is None else self.take(~dropped)
+
+    def within(self, rcut: float, displacements: Tensor) -> _Working:
+        return self.take(torch.linalg.vector_norm(displacements[self.edges], dim=-1) <= rcut)
+
+    def nearest_first(self, displacements: Tensor) -> _Working:
+        distance = torch.linalg.vector_norm(displacements[self.edges], dim=-1)
+        by_distance = torch.argsort(distance, stable=True)
+        return self.take(by_distance[torch.argsort(self.centers[by_distance], stable=True)])
+
+    def keep_ranks(self, n_atoms: int, sel: int) -> _Working:
+        return self.take(ranks(self.centers, n_atoms) < sel)
+
+    def keep_sections(
+        self, inputs: GraphInputs, section: Tensor, sel: Sequence[int]
+    ) -> tuple[_Working, Tensor, Tensor]:
+        """Keep the nearest ``sel[t]`` neighbours of each type t; also return which atoms were cut."""
+        limits = torch.tensor(sel, device=section.device)
+        key = self.centers * len(sel) + section
+        counts = torch.bincount(key, minlength=inputs.n_atoms * len(sel)).reshape(-1, len(sel))
+        cut = (counts > limits).any(dim=1)
+        if not cut.any():
+            return self, section, cut
+        ordered = self.nearest_first(inputs.displacements)
+        section = inputs.types[ordered.neighbors]
+        key = ordered.centers * len(sel) + section
+        by_key = torch.argsort(key, stable=True)
+        kept = torch.empty_like(key, dtype=torch.bool)
+        kept[by_key] = ranks(key[by_key], inputs.n_atoms * len(sel)) < limits[section[by_key]]
+        return ordered.take(kept), section[kept], cut
+
+
+def ranks(rows: Tensor, n_rows: int) -> Tensor:
+    """Position of each element within its row; `rows` is ascending, shape (n,)."""
+    counts = torch.bincount(rows, minlength=n_rows)
+    starts = torch.cumsum(counts, 0) - counts
+    return torch.arange(rows.shape[0], device=rows.device) - starts[rows]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Places n_filled elements, grouped into rows, on an (n_rows, width) matrix."""
+
+    #: (n_filled,) int64, flat position of each element
+    slots: Tensor
+    n_rows: int
+    width: int
+
+    @classmethod
+    def of(cls, counts: Tensor) -> Padding:
+        """Build from the number of elements of each row, shape (n_rows,); elements come row by row."""
+        n_rows = counts.shape[0]
+        width = max(1, int(counts.max())) if n_rows else 1
+        starts = torch.cumsum(counts, 0) - counts
+        row_starts = torch.arange(n_rows, device=counts.device) * width - starts
+        offsets = torch.repeat_interleave(row_starts, counts)
+        return cls(torch.arange(offsets.shape[0], device=counts.device) + offsets, n_rows, width)
+
+    def __call__(self, values: Tensor, fill: float | Tensor) -> Tensor:
+        """Shape (n_filled, ...) -> (n_rows, width, ...), empty slots holding `fill`."""
+        tail = values.shape[1:]
+        padded = values.new_empty((self.n_rows * self.width, *tail))
+        padded[:] = fill
+        padded[self.slots] = values
+        return padded.reshape(self.n_rows, self.width, *tail)
+
+
+def ragged_take(counts: Tensor, rows: Tensor) -> Tensor:
+    """Elements of the given rows, in that order, where row r owns ``counts[r]`` consecutive elements.
+
+    Parameters
+    ----------
+    counts
+        shape (n_rows,).
+    rows
+        shape (n_taken,).
+
+    Returns
+    -------
+    shape (sum of counts of the rows taken,), index of each element
+    """
+    starts = torch.cumsum(counts, 0) - counts
+    taken = counts[rows]
+    ends = torch.cumsum(taken, 0)
+    offsets = torch.repeat_interleave(starts[rows] - ends + taken, taken)
+    return torch.arange(offsets.shape[0], device=rows.device) + offsets
+
+
+def row_chunks(counts: Tensor) -> list[Tensor]:
+    """Divide rows into calls of the graph, rows of similar count together.
+
+    Short calls keep the arrays of a call in the processor's cache and their memory in the allocator's
+    hands, and rows of similar count waste few slots on padding. On an accelerator calls are long.
+
+    Parameters
+    ----------
+    counts
+        shape (n_rows,), slots that each row fills.
+
+    Returns
+    -------
+    row numbers, one tensor per call
+    """
+    if not counts.shape[0]:
+        return []
+    limit = SLOTS_PER_CALL if counts.device.type == "cpu" else SLOTS_PER_CALL_ACCELERATOR
+    order = torch.argsort(counts, stable=True)
+    widths = torch.clamp(counts[order], min=1).tolist()
+    sizes, n_rows = [], 0
+    for width in widths:
+        if n_rows and (n_rows + 1) * width > limit:
+            sizes.append(n_rows)
+            n_rows = 0
+        n_rows += 1
+    return list(order.split([*sizes, n_rows]))
+
+
+#: neighbour slots in one call of a graph whose atoms are independent of each other
+SLOTS_PER_CALL = 6144
+SLOTS_PER_CALL_ACCELERATOR = 2_000_000
+
+
+def far_away(displacements: Tensor, rcut: float) -> Tensor:
+    """Displacement for empty slots: beyond the cutoff, where the switch is zero and everything is smooth."""
+    return displacements.new_tensor([2.0 * rcut, 0.0, 0.0])

@@ -1,0 +1,177 @@
+"""Descriptor `se_e2_a`: one embedding net per neighbour type (one-sided) or pair of types.
+
+Zhang et al., NeurIPS 2018, arXiv:1805.09003.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..inputs import GraphInputs, ParameterSpec
+from .environment import Environment, add_to_first_row, invariants, statistics, statistics_parameters
+from .layers import Network, Weights, precision, required
+from .layout import Argument, Block, Layout, Padding, Pairs, Selection, far_away, ragged_take, row_chunks
+
+_BLOCK = "descriptor"
+
+
+@dataclass(frozen=True)
+class SeE2A:
+    """Descriptor `se_e2_a`.
+
+    One call of the graph evaluates the centres of one type, with the weights of that type as its weight
+    group, so that one graph serves every centre type and one- and two-sided nets alike.
+    """
+
+    n_types: int
+    sel: tuple[int, ...]
+    environment: Environment
+    neuron: tuple[int, ...]
+    axis_neuron: int
+    activation: str
+    resnet_dt: bool
+    one_sided: bool = field(repr=False)
+    dtype: torch.dtype
+    selection: Selection = field(repr=False)
+
+    mixed_types = False
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        type_map: Sequence[str],
+        pair_exclude: tuple[tuple[int, int], ...],
+        pt: bool,
+        graph: bool,
+    ) -> SeE2A:
+        """Read a descriptor configuration; `graph` is never set, since se_e2_a always truncates."""
+        del graph
+        n_types = len(type_map)
+        sel = tuple(required(config, "sel", "se_e2_a"))
+        return cls(
+            n_types=n_types,
+            sel=sel,
+            environment=Environment(
+                float(required(config, "rcut", "se_e2_a")),
+                float(required(config, "rcut_smth", "se_e2_a")),
+                float(config.get("env_protection", 0.0)),
+            ),
+            neuron=tuple(config.get("neuron", (25, 50, 100) if pt else (24, 48, 96))),
+            axis_neuron=int(config.get("axis_neuron", config.get("n_axis_neuron", 16 if pt else 8))),
+            activation=str(config.get("activation_function", "tanh")),
+            resnet_dt=bool(config.get("resnet_dt", False)),
+            one_sided=bool(config.get("type_one_side", True)),
+            dtype=precision(config.get("precision", "default")),
+            selection=Selection(
+                n_types,
+                sel,
+                by_type=True,
+                exclude=tuple((a, b) for a, b in config.get("exclude_types") or ()),
+                pair_exclude=pair_exclude,
+            ),
+        )
+
+    @property
+    def rcut(self) -> float:
+        return self.environment.rcut
+
+    @property
+    def width(self) -> int:
+        """Width of the descriptor of one atom."""
+        return self.neuron[-1] * self.axis_neuron
+
+    def _network(self, index: int) -> Network:
+        return Network(
+            f"{_BLOCK}.embeddings.{index}", (1, *self.neuron), self.activation, self.resnet_dt, self.dtype
+        )
+
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """Return name -> shape and dtype of every weight."""
+        specs = statistics_parameters(_BLOCK, self.n_types, sum(self.sel), self.dtype)
+        for index in range(self.n_types if self.one_sided else self.n_types**2):
+            specs |= self._network(index).parameters()
+        return specs
+
+    def prepare(self, weights: Weights) -> list[dict[str, Tensor]]:
+        """Weights for the graph, one group per centre type."""
+        mean, stddev = statistics(weights, _BLOCK)
+        return [self._group(weights, mean[c], stddev[c], c) for c in range(self.n_types)]
+
+    def _group(self, weights: Weights, mean: Tensor, stddev: Tensor, center: int) -> dict[str, Tensor]:
+        group = {"descriptor.mean": mean, "descriptor.stddev": stddev}
+        s = (-mean / stddev)[:1].reshape(1, 1)
+        for t in range(self.n_types):
+            stored = self._network(t if self.one_sided else t * self.n_types + center)
+            for name in stored.parameters():
+                group[self._network(t).prefix + name.removeprefix(stored.prefix)] = weights[name]
+            # an empty slot takes part with a raw row of zeros
+            group[f"descriptor.empty.{t}"] = s * stored(s, weights)
+        return group
+
+    def arguments(self) -> tuple[list[Argument], list[Argument]]:
+        """Displacement arrays and further arguments of the graph; see `__call__`."""
+        sections = [Argument(("atoms", f"slots of type {t}", 3)) for t in range(self.n_types)]
+        return sections, [Argument(("atoms",), torch.int64), Argument(("atoms", self.n_types))]
+
+    def layouts(self, inputs: GraphInputs, pairs: Pairs) -> list[Layout]:
+        """One call per centre type that occurs; one padded matrix per neighbour type."""
+        n_types, n_atoms = self.n_types, inputs.n_atoms
+        # pairs by neighbour type, then by centre: one section after the other
+        key = inputs.types[pairs.neighbors] * n_atoms + pairs.centers
+        edges = pairs.edges[torch.argsort(key, stable=True)]
+        vectors = inputs.displacements[edges]
+        counts = torch.bincount(key, minlength=n_types * n_atoms)
+        by_section = counts.reshape(n_types, n_atoms)
+        totals = by_section.sum(0)
+        n_empty = pairs.n_empty.to(torch.float64)
+        layouts = []
+        for c in range(n_types):
+            of_type = (inputs.types == c).nonzero().squeeze(1)
+            for chunk in row_chunks(totals[of_type]):
+                atoms = of_type[chunk]
+                displacements, blocks = [], []
+                for t in range(n_types):
+                    own = ragged_take(counts, t * n_atoms + atoms)
+                    padding = Padding.of(by_section[t, atoms])
+                    displacements.append(padding(vectors[own], far_away(vectors, self.rcut)))
+                    blocks.append(Block(padding.slots, edges[own]))
+                tensors = (inputs.types[atoms], n_empty[atoms])
+                layouts.append(Layout(c, tuple(displacements), tensors, tuple(blocks), atoms))
+        return layouts
+
+    def __call__(
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
+    ) -> tuple[Tensor, Tensor]:
+        """Descriptor of every centre, all of one type.
+
+        Parameters
+        ----------
+        displacements
+            one array per neighbour type, shape (n, m_t, 3), Å.
+        tensors
+            types (n,), number of empty slots per section (n, n_types).
+
+        Returns
+        -------
+        descriptor, shape (n, width), and types, shape (n,)
+        """
+        types, n_empty = tensors
+        n_empty = n_empty.to(self.dtype)
+        moment = torch.zeros((), dtype=self.dtype, device=types.device)
+        empty = torch.zeros((), dtype=self.dtype, device=types.device)
+        for t, vectors in enumerate(displacements):
+            rows, _, _ = self.environment.rows(
+                vectors.to(self.dtype), weights["descriptor.mean"], weights["descriptor.stddev"]
+            )
+            g = self._network(t)(rows[..., :1], weights)
+            moment = moment + rows.transpose(1, 2) @ g
+            empty = empty + n_empty[:, t : t + 1] * weights[f"descriptor.empty.{t}"]
+        moment = add_to_first_row(moment, empty) / sum(self.sel)
+        return invariants(moment, self.axis_neuron), types

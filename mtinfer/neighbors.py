@@ -1,0 +1,204 @@
+"""From atoms to `GraphInputs`; the only place that knows periodic images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ase
+import numpy as np
+import torch
+from ase.geometry import complete_cell
+from numpy.typing import NDArray
+from vesin import NeighborList
+
+from .errors import StructureError
+from .inputs import GraphInputs
+
+__all__ = ["Candidates", "VerletList", "find_candidates", "graph_inputs"]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Pairs of one structure within a radius, sorted by centre: indices and periodic shifts."""
+
+    #: (n_pairs,) int64
+    centers: torch.Tensor
+    #: (n_pairs,) int64
+    neighbors: torch.Tensor
+    #: (n_pairs, 3) float64, whole multiples of the cell vectors added to the neighbour
+    shifts: torch.Tensor
+    n_atoms: int
+
+    def displacements(self, positions: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
+        """r_j + shift·cell - r_i, shape (n_pairs, 3), Å.
+
+        Parameters
+        ----------
+        positions
+            shape (n_atoms, 3), Å.
+        cell
+            shape (3, 3), rows are the cell vectors, Å.
+        """
+        apart = positions.index_select(0, self.neighbors) - positions.index_select(0, self.centers)
+        return torch.addmm(apart, self.shifts, cell)
+
+    def to(self, device: torch.device) -> Candidates:
+        """Copy to `device`; no copy where it is there already."""
+        if self.centers.device == device:
+            return self
+        centers, neighbors, shifts = (x.to(device) for x in (self.centers, self.neighbors, self.shifts))
+        return Candidates(centers, neighbors, shifts, self.n_atoms)
+
+
+def find_candidates(atoms: ase.Atoms, radius: float) -> Candidates:
+    """All pairs of a structure no further apart than `radius`.
+
+    Parameters
+    ----------
+    atoms
+        positions may lie outside the cell; each axis is periodic or not on its own.
+    radius
+        Å.
+
+    Raises
+    ------
+    StructureError
+        For positions that are not finite, and for a cell without volume along its periodic axes.
+    """
+    positions = np.ascontiguousarray(atoms.get_positions(), dtype=np.float64)
+    check_geometry(atoms, positions)
+    search = NeighborList(cutoff=radius, full_list=True, sorted=True)
+    pairs, shifts = search.compute(
+        positions, box=_box(atoms), periodic=np.asarray(atoms.pbc, dtype=bool), quantities="PS"
+    )
+    pairs = torch.from_numpy(pairs.astype(np.int64))
+    return Candidates(
+        pairs[:, 0].contiguous(),
+        pairs[:, 1].contiguous(),
+        torch.from_numpy(shifts.astype(np.float64)),
+        len(atoms),
+    )
+
+
+def check_geometry(atoms: ase.Atoms, positions: NDArray[np.float64]) -> None:
+    """Raise StructureError for positions or cells that no neighbour list can be built from."""
+    finite = np.isfinite(positions).all(axis=1)
+    if not finite.all():
+        index = int(np.argmin(finite))
+        raise StructureError(
+            f"position of atom {index} ({atoms.symbols[index]}) is {positions[index].tolist()}; "
+            "positions must be finite numbers: check the step before this structure"
+        )
+    cell = np.asarray(atoms.cell)
+    if not np.isfinite(cell).all():
+        raise StructureError(f"cell is {cell.tolist()}; cell vectors must be finite numbers")
+    periodic = cell[np.asarray(atoms.pbc, dtype=bool)]
+    if len(periodic) and np.linalg.matrix_rank(periodic, tol=1e-6) < len(periodic):
+        raise StructureError(
+            f"cell {cell.tolist()} has no volume along its periodic axes (pbc={atoms.pbc.tolist()}); "
+            "give it independent vectors there, or set pbc to False for that axis"
+        )
+
+
+def _box(atoms: ase.Atoms) -> NDArray[np.float64]:
+    if not np.any(atoms.pbc):
+        return np.eye(3)
+    cell = np.array(atoms.cell, dtype=np.float64)
+    cell[~np.asarray(atoms.pbc, dtype=bool)] = 0.0
+    return np.asarray(complete_cell(cell), dtype=np.float64)
+
+
+class VerletList:
+    """Candidates of one evolving structure, searched again only when the skin may have been crossed.
+
+    Strain of the cell does not count as movement: what remains of the displacements after the affine map of
+    the cells decides, so that a barostat does not force a search at every step.
+
+    Parameters
+    ----------
+    rcut
+        cutoff of the model, Å.
+    skin
+        added to the cutoff when searching, Å; 0 searches at every call.
+    """
+
+    def __init__(self, rcut: float, skin: float) -> None:
+        self.rcut = rcut
+        self.skin = skin
+        self.n_searches = 0
+        self._candidates: Candidates | None = None
+        self._positions = np.empty((0, 3))
+        self._box = np.eye(3)
+        self._pbc = np.zeros(3, dtype=bool)
+
+    def candidates(self, atoms: ase.Atoms) -> Candidates:
+        """All pairs no further apart than the cutoff, and some that are within the skin."""
+        positions = atoms.get_positions()
+        check_geometry(atoms, positions)
+        if self._candidates is None or not self._still_covers(atoms, positions):
+            self._candidates = find_candidates(atoms, self.rcut + self.skin)
+            self._positions, self._box, self._pbc = positions, _box(atoms), atoms.pbc.copy()
+            self.n_searches += 1
+        return self._candidates
+
+    def _still_covers(self, atoms: ase.Atoms, positions: NDArray[np.float64]) -> bool:
+        if positions.shape != self._positions.shape or not np.array_equal(atoms.pbc, self._pbc):
+            return False
+        box = _box(atoms)
+        reach = self.rcut + self.skin
+        expected = self._positions
+        if not np.array_equal(box, self._box):
+            affine = np.linalg.solve(self._box, box)
+            expected = expected @ affine
+            reach *= np.linalg.svd(affine, compute_uv=False)[-1]
+        moved = np.sqrt(((positions - expected) ** 2).sum(axis=1).max(initial=0.0))
+        return bool(reach - 2.0 * moved >= self.rcut)
+
+
+def graph_inputs(
+    structures: Sequence[ase.Atoms],
+    candidates: Sequence[Candidates],
+    types: Sequence[NDArray[np.int64]],
+    rcut: float,
+    *,
+    fparam: torch.Tensor,
+    aparam: torch.Tensor,
+    charge_spin: torch.Tensor,
+) -> GraphInputs:
+    """Concatenate structures and keep the pairs inside the cutoff.
+
+    Parameters
+    ----------
+    structures, candidates, types
+        atoms, their candidate pairs and the type index of every atom, one entry per structure.
+    rcut
+        Å.
+    fparam, aparam, charge_spin
+        as in `GraphInputs`; their device is the device of the result.
+    """
+    device = fparam.device
+    centers, neighbors, displacements = [], [], []
+    offset = 0
+    for atoms, pairs in zip(structures, candidates, strict=True):
+        positions = torch.from_numpy(atoms.get_positions()).to(device)
+        cell = torch.from_numpy(np.array(atoms.cell, dtype=np.float64)).to(device)
+        pairs = pairs.to(device)
+        vectors = pairs.displacements(positions, cell)
+        inside = ((vectors * vectors).sum(1) <= rcut * rcut).nonzero().squeeze(1)
+        centers.append(pairs.centers[inside] + offset)
+        neighbors.append(pairs.neighbors[inside] + offset)
+        displacements.append(vectors[inside])
+        offset += pairs.n_atoms
+    sizes = torch.tensor([len(atoms) for atoms in structures])
+    return GraphInputs(
+        types=torch.from_numpy(np.concatenate(types)).to(device),
+        frames=torch.repeat_interleave(sizes).to(device),
+        centers=torch.cat(centers),
+        neighbors=torch.cat(neighbors),
+        displacements=torch.cat(displacements),
+        fparam=fparam,
+        aparam=aparam,
+        charge_spin=charge_spin,
+        n_frames=len(structures),
+    )
