@@ -1,0 +1,310 @@
+"""One compiled graph for all heads of an architecture; the only file that knows the compiler.
+
+A graph is a function of tensors: data first, then weights. It is traced once with symbolic data axes and
+fixed weight shapes, compiled once, and kept on disk, so that it serves every head, every structure size and
+every later process. Nothing of it is ever attached to a model or written into a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .models.layout import Argument
+
+__all__ = ["CompileMode", "GraphWarning", "SharedGraph", "cache_directory", "trace"]
+
+#: "off": eager. "wait": compiled from the first call on. "background": the first calls are answered
+#: eagerly while the graph is loaded or compiled, and it takes over when its self-check has passed.
+CompileMode = Literal["off", "wait", "background"]
+
+#: calls answered eagerly before a background compilation starts: a single-point script never pays for one
+_CALLS_BEFORE_BACKGROUND = 3
+#: largest difference between a graph and eager, relative to the largest value, that its self-check accepts
+_SELF_CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+#: sizes to trace with: all different and none small, since the compiler may take what coincides for a rule
+_EXAMPLE_SIZES = (61, 97, 53, 71, 83, 59, 101, 67, 89, 79, 73, 103, 107, 109, 113, *range(127, 600, 2))
+_OPTIONS = {
+    # twice as fast as the vectorised tanh of Sleef, and within 1 ulp of 1 of it
+    "cpp.use_decompose_tanh": True,
+}
+
+
+class GraphWarning(UserWarning):
+    """A graph could not be compiled, stored or trusted; the results are eager ones."""
+
+
+def cache_directory() -> Path:
+    """Directory of compiled graphs: `MTINFER_CACHE`, else `mtinfer` below the user's cache directory."""
+    if configured := os.environ.get("MTINFER_CACHE"):
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtinfer"
+
+
+def trace(
+    function: Callable[..., tuple[Tensor, ...]],
+    arguments: Sequence[Argument],
+    weights: Sequence[Tensor],
+    *,
+    sizes: Sequence[int] = _EXAMPLE_SIZES,
+) -> tuple[torch.fx.GraphModule, list[Any]]:
+    """Trace ``function(*data, *weights)`` with symbolic data axes.
+
+    Parameters
+    ----------
+    function
+        a plain function of tensors.
+    arguments
+        declarations of the data; axes of one name get one size.
+    weights
+        arguments whose shapes are part of the architecture.
+    sizes
+        example sizes of the data axes; nothing of them may stay in the graph.
+
+    Returns
+    -------
+    graph module and the fake arguments that it was traced with
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import (
+        DimDynamic,
+        ShapeEnv,
+        StatelessSymbolicContext,
+    )
+
+    names = sorted({axis for argument in arguments for axis in argument.axes if isinstance(axis, str)})
+    size = dict(zip(names, sizes, strict=False))
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False, specialize_zero_one=False))
+    fakes: list[Any] = []
+    for position, argument in enumerate(arguments):
+        shape = [axis if isinstance(axis, int) else size[axis] for axis in argument.axes]
+        dynamic = [
+            DimDynamic.STATIC if isinstance(axis, int) else DimDynamic.DYNAMIC for axis in argument.axes
+        ]
+        fakes.append(
+            mode.from_tensor(
+                torch.empty(shape, dtype=argument.dtype, device=weights[0].device),
+                symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic),
+                source=ConstantSource(f"data{position}"),
+            )
+        )
+    fakes += [mode.from_tensor(tensor, static_shapes=True) for tensor in weights]
+    with mode:
+        return make_fx(function, tracing_mode="real")(*fakes), fakes
+
+
+@dataclass
+class SharedGraph:
+    """A function of tensors that is compiled once and called with any data and any weights.
+
+    Parameters
+    ----------
+    function
+        ``function(*data, *weights) -> tuple of tensors``.
+    signature
+        text that determines the compiled code: architecture, outputs, dtypes. Torch and mtinfer versions,
+        device and machine are added to it.
+    arguments
+        declarations of the data.
+    weights
+        example weights: their shapes and dtypes are part of the architecture.
+    mode
+        see `CompileMode`.
+    """
+
+    function: Callable[..., tuple[Tensor, ...]]
+    signature: str
+    arguments: Sequence[Argument]
+    weights: Sequence[Tensor]
+    mode: CompileMode
+    #: graphs compiled in this process (loading a stored one does not count)
+    n_compiled: int = 0
+    _compiled: Callable[..., tuple[Tensor, ...]] | None = None
+    _unchecked: bool = False
+    _n_calls: int = 0
+    _worker: threading.Thread | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(self, data: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Evaluate, compiled where a graph is at hand, else eagerly."""
+        self._n_calls += 1
+        if self._compiled is None and self.mode != "off":
+            self._prepare(data)
+        if self._compiled is None:
+            return self.function(*data, *weights)
+        if self._unchecked:
+            return self._check(data, weights)
+        return self._compiled(*data, *weights)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the next call runs compiled code."""
+        return self._compiled is not None
+
+    def join(self) -> None:
+        """Wait for a compilation in the background."""
+        if self._worker is not None:
+            self._worker.join()
+
+    def _prepare(self, data: Sequence[Tensor]) -> None:
+        device = data[0].device
+        if self.mode == "wait":
+            self._obtain(device)
+        elif self._worker is None and self._n_calls > _CALLS_BEFORE_BACKGROUND:
+            self._worker = threading.Thread(target=self._obtain, args=(device,), name="mtinfer-compile")
+            self._worker.start()
+
+    def _obtain(self, device: torch.device) -> None:
+        with self._lock:
+            if self._compiled is not None or self.mode == "off":
+                return
+            store = _Store(cache_directory(), _key(self.signature, device))
+            try:
+                with store.private():
+                    compiled = store.load()
+                    if compiled is None:
+                        compiled = self._compile(store)
+            except Exception as err:  # the compiler raises many types; whatever it is, eager is right
+                self._give_up(f"the graph could not be compiled ({_first_line(err)})")
+                return
+            self._unchecked = True
+            self._compiled = compiled
+
+    def _compile(self, store: _Store) -> Callable[..., tuple[Tensor, ...]]:
+        from torch._inductor import standalone_compile
+
+        module, fakes = trace(self.function, self.arguments, self.weights)
+        artifact = standalone_compile(
+            module, fakes, dynamic_shapes="from_graph", options={"config_patches": _OPTIONS}
+        )
+        self.n_compiled += 1
+        store.save(artifact, self.signature)
+        return artifact
+
+    def _check(self, data: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """First call of a graph: compare every output with eager."""
+        assert self._compiled is not None
+        expected = self.function(*data, *weights)
+        try:
+            worst = max(map(_difference, self._compiled(*data, *weights), expected))
+        except Exception as err:
+            self._give_up(f"the compiled graph failed ({_first_line(err)})")
+            return expected
+        if not worst <= 1.0:
+            self._give_up(
+                f"the compiled graph differs from eager by {worst:.1g} times the accepted tolerance; "
+                f"please report this with the model's configuration, and empty {cache_directory()}"
+            )
+            return expected
+        self._unchecked = False
+        return expected
+
+    def _give_up(self, reason: str) -> None:
+        self.mode, self._compiled = "off", None
+        warnings.warn(f"{reason}; evaluating eagerly, which is slower but right", GraphWarning, stacklevel=2)
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    """Largest difference in units of the tolerance."""
+    if not expected.numel():
+        return 0.0
+    scale = 1.0 + float(expected.abs().max())
+    return float((got - expected).abs().max()) / (_SELF_CHECK_TOLERANCE[expected.dtype] * scale)
+
+
+def _first_line(err: BaseException) -> str:
+    text = str(err).strip().splitlines()
+    return f"{type(err).__name__}: {text[0][:200]}" if text else type(err).__name__
+
+
+def _key(signature: str, device: torch.device) -> str:
+    parts = [signature, __version__, _sources(), torch.__version__, _machine(), device.type]
+    if device.type == "cuda":
+        parts.append(torch.cuda.get_device_name(device))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@cache
+def _sources() -> str:
+    """Digest of the files whose text determines a graph."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([Path(__file__), *(here / "models").glob("*.py"), *(here / "train").glob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _machine() -> str:
+    """Processor and instruction set: a stored CPU graph is native code."""
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+@dataclass(frozen=True)
+class _Store:
+    """One stored graph in a directory that belongs to the user alone."""
+
+    directory: Path
+    key: str
+
+    @property
+    def _binary(self) -> Path:
+        return self.directory / f"{self.key}.graph"
+
+    @property
+    def _record(self) -> Path:
+        return self.directory / f"{self.key}.json"
+
+    @contextlib.contextmanager
+    def private(self) -> Iterator[None]:
+        """Create the directory for the user alone, refuse another's, and keep torch's own files there."""
+        from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
+
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = self.directory.stat()
+        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+            raise PermissionError(
+                f"{self.directory} must belong to you and be writable by you alone "
+                f"(chmod 700 {self.directory}, or set MTINFER_CACHE to another directory)"
+            )
+        with temporary_cache_dir(str(self.directory / "inductor")):
+            yield
+
+    def load(self) -> Callable[..., tuple[Tensor, ...]] | None:
+        """Return the stored graph, or None where there is none or its checksum is wrong."""
+        from torch._inductor.standalone_compile import CompiledArtifact
+
+        try:
+            record = json.loads(self._record.read_text())
+            content = self._binary.read_bytes()
+        except (OSError, ValueError):
+            return None
+        if record.get("sha256") != hashlib.sha256(content).hexdigest():
+            return None
+        return CompiledArtifact.load(path=str(self._binary), format="binary")
+
+    def save(self, artifact: Any, signature: str) -> None:
+        """Store a graph: the binary first, then the record that vouches for it."""
+        temporary = self._binary.with_suffix(f".{os.getpid()}.tmp")
+        artifact.save(path=str(temporary), format="binary")
+        digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        temporary.replace(self._binary)
+        record = self._record.with_suffix(f".{os.getpid()}.tmp")
+        record.write_text(json.dumps({"sha256": digest, "torch": torch.__version__, "signature": signature}))
+        record.replace(self._record)
