@@ -1,0 +1,195 @@
+"""Command line. Commands are thin: they parse, call the package and print; heavy imports happen inside."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .errors import DataError, MtinferError
+
+if TYPE_CHECKING:
+    from .data import Frame
+    from .evaluate import Evaluation
+    from .potential import Potential
+
+#: atoms, summed over frames and heads, from which compiling pays; a graph costs about as much as evaluating
+#: this many atoms eagerly
+_COMPILE_PAYS_ATOMS = 60_000
+
+_FILE = click.Path(path_type=Path)
+
+
+class _Group(click.Group):
+    """Prints every `MtinferError` as one line on stderr; `--debug` shows the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        warnings.showwarning = _show_warning
+        try:
+            return super().invoke(ctx)
+        except MtinferError as err:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"mtinfer: {err}", err=True)
+            ctx.exit(1)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"mtinfer: warning: {message}", err=True)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mtinfer")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Run any head of a multitask deep-potential checkpoint."""
+
+
+@main.command()
+@click.argument("file", type=_FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(file: Path, as_json: bool) -> None:
+    """Show what is in FILE: heads, elements, descriptor, sizes, what is shared.
+
+    FILE is a training checkpoint (.pt, either dialect) or a converted file. Only metadata is read.
+    """
+    from .checkpoint.describe import describe
+    from .checkpoint.peek import peek
+
+    found = peek(file)
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(describe(found)))
+
+
+@main.command()
+@click.argument("checkpoint", type=_FILE)
+@click.option("-o", "--output", type=_FILE, help="Output file  [default: CHECKPOINT with .safetensors].")
+@click.option("--head", "heads", multiple=True, help="Head to keep (repeat for several)  [default: all].")
+@click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Store networks in this precision.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+def convert(checkpoint: Path, output: Path | None, heads: tuple[str, ...], dtype: Any, force: bool) -> None:
+    """Convert CHECKPOINT to one clean .safetensors file.
+
+    Shared weights are stored once; optimizer state and remains of compiled graphs are left out.
+    """
+    from .checkpoint.archive import write
+    from .checkpoint.describe import file_size
+    from .checkpoint.load import read
+    from .potential import check_heads
+
+    target = output or checkpoint.with_suffix(".safetensors")
+    source = read(checkpoint)
+    check_heads(source)
+    written = write(source, target, heads=heads or None, dtype=dtype, force=force)
+    before, after = checkpoint.stat().st_size, target.stat().st_size
+    click.echo(f"{checkpoint}  {file_size(before)}")
+    click.echo(f"{target}  {file_size(after)} ({after / before:.0%})  heads: {', '.join(written)}")
+    for name in source.heads.keys() - set(written) if not heads else ():
+        click.echo(f"left out: {source.heads[name].refused}", err=True)
+
+
+@main.command("eval")
+@click.argument("model", type=_FILE)
+@click.argument("data", type=_FILE, nargs=-1, required=True)
+@click.option("--head", "--model-branch", "heads", multiple=True, help="Head (repeat for several), or 'all'.")
+@click.option("--json", "json_file", type=_FILE, help="Write the scores as JSON.")
+@click.option("--csv", "csv_file", type=_FILE, help="Write the scores as CSV.")
+@click.option("--plot", type=_FILE, help="Write a parity plot (PNG).")
+@click.option("--output", type=_FILE, help="Write predictions as extxyz.")
+@click.option("--device", help="Torch device  [default: cuda where there is one, else cpu].")
+@click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Evaluate in this precision.")
+@click.option(
+    "--compile",
+    "compile_",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Compile the graph; auto: where the amount of work pays for it.",
+)
+def evaluate(
+    model: Path,
+    data: tuple[Path, ...],
+    heads: tuple[str, ...],
+    json_file: Path | None,
+    csv_file: Path | None,
+    plot: Path | None,
+    output: Path | None,
+    device: str | None,
+    dtype: str | None,
+    compile_: str,
+) -> None:
+    """Score heads of MODEL on labelled DATA.
+
+    MODEL is a checkpoint or a converted file. DATA are extxyz files (or anything that ASE reads) and
+    deepmd/npy folders.
+    """
+    from .data import read_frames
+    from .evaluate import check_output
+    from .potential import load
+
+    for path in (json_file, csv_file, plot, output):
+        if path is not None:
+            check_output(path)
+    potential = load(model, device=device, dtype=dtype, compile="wait" if compile_ == "on" else "off")
+    chosen = _chosen_heads(potential, heads)
+    frames = read_frames(data, type_map=potential.head(chosen[0]).model.type_map)
+    n_atoms = sum(len(frame.atoms) for frame in frames) * len(chosen)
+    if compile_ == "auto" and n_atoms >= _COMPILE_PAYS_ATOMS:
+        potential.compile("wait")
+    evaluation = _with_progress(potential, chosen, frames)
+    _report(evaluation, model, json_file=json_file, csv_file=csv_file, plot=plot, output=output)
+
+
+def _chosen_heads(potential: Potential, heads: tuple[str, ...]) -> list[str]:
+    if "all" in heads and "all" not in potential.heads:
+        return list(potential.heads)
+    return list(dict.fromkeys(potential.head(name).name for name in heads or (None,)))
+
+
+def _with_progress(potential: Potential, heads: list[str], frames: list[Frame]) -> Evaluation:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .evaluate import evaluate_frames
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("evaluating", total=len(frames) * len(heads))
+        return evaluate_frames(
+            potential, heads, frames, progress=lambda n: progress.advance(task, n), batch_atoms=4096
+        )
+
+
+def _report(
+    evaluation: Evaluation,
+    model: Path,
+    *,
+    json_file: Path | None,
+    csv_file: Path | None,
+    plot: Path | None,
+    output: Path | None,
+) -> None:
+    from rich.console import Console
+
+    from .evaluate import parity_plot, score_table, write_csv, write_json, write_predictions
+
+    if not evaluation.scores and output is None:
+        raise DataError("no frame carries a label, so there is nothing to score; --output writes predictions")
+    written = []
+    for path, write in (
+        (json_file, lambda path: write_json(path, evaluation, model)),
+        (csv_file, lambda path: write_csv(path, evaluation.scores)),
+        (plot, lambda path: parity_plot(path, evaluation)),
+        (output, lambda path: write_predictions(path, evaluation)),
+    ):
+        if path is not None:
+            write(path)
+            written.append(path)
+    if evaluation.scores:
+        Console(width=None if sys.stdout.isatty() else 120).print(score_table(evaluation.scores))
+    for path in written:
+        click.echo(f"wrote {path}")

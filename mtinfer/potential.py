@@ -1,0 +1,457 @@
+"""A loaded file: pick a head, hand over structures, get energies, forces and virials."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import ase
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from .checkpoint.heads import find_head
+from .checkpoint.load import check_weights
+from .checkpoint.load import read as read_checkpoint
+from .checkpoint.precision import Precision, with_precision
+from .checkpoint.records import Checkpoint, HeadRecord
+from .errors import StructureError, UnsupportedModelError, nearest
+from .graph import CompileMode, SharedGraph
+from .inputs import GraphInputs, Prediction
+from .models import EnergyModel, edge_gradients, forces_and_virial
+from .neighbors import Candidates, find_candidates, graph_inputs
+
+__all__ = ["HeadState", "Potential", "PredictionWarning", "load"]
+
+_DTYPES: dict[str, Precision] = {
+    "float32": "float32",
+    "float64": "float64",
+    "torch.float32": "float32",
+    "torch.float64": "float64",
+}
+
+
+class PredictionWarning(UserWarning):
+    """A prediction that the model was not made for: unseen element, or neighbours beyond `sel`."""
+
+
+@dataclass(frozen=True)
+class HeadState:
+    """Everything that a head owns, as data: swapping heads is passing another one of these."""
+
+    name: str
+    aliases: tuple[str, ...]
+    model: EnergyModel
+    #: per weight group, in the order that the graph takes them
+    weights: tuple[tuple[Tensor, ...], ...]
+    #: (numb_fparam,), or None where the model has no default
+    default_fparam: Tensor | None
+    #: (2,), total charge and spin where a structure carries none
+    default_charge_spin: tuple[float, float] | None
+    #: elements of the training data; None where the file does not say
+    observed_types: frozenset[str] | None
+    graph: SharedGraph
+
+
+class Potential:
+    """All heads of a file; those of one architecture share one graph.
+
+    Made by `load`.
+    """
+
+    def __init__(self, heads: Mapping[str, HeadState], refused: Mapping[str, str], device: torch.device):
+        self._heads = dict(heads)
+        self._refused = dict(refused)
+        self._warned: set[str] = set()
+        self.device = device
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the heads that can be evaluated, in the order of the file."""
+        return tuple(self._heads)
+
+    @property
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """Aliases of every head."""
+        return {name: state.aliases for name, state in self._heads.items()}
+
+    @property
+    def graphs_compiled(self) -> int:
+        """How many graphs were compiled in this process for this potential."""
+        return sum(graph.n_compiled for graph in self.graphs)
+
+    @property
+    def graphs(self) -> list[SharedGraph]:
+        """The graphs of this potential, one per architecture."""
+        return list({id(state.graph): state.graph for state in self._heads.values()}.values())
+
+    @property
+    def type_map(self) -> tuple[str, ...]:
+        """Elements that every head knows, in the order of the first head."""
+        first, *others = (state.model.type_map for state in self._heads.values())
+        return tuple(symbol for symbol in first if all(symbol in other for other in others))
+
+    @property
+    def rcut(self) -> float:
+        """Largest cutoff of all heads, Å."""
+        return max(state.model.rcut for state in self._heads.values())
+
+    def compile(self, mode: CompileMode) -> None:
+        """Choose when the graphs of all heads are compiled; see `mtinfer.graph.CompileMode`."""
+        for graph in self.graphs:
+            graph.mode = mode
+
+    def head(self, name: str | None = None) -> HeadState:
+        """Find a head by name or alias; None picks the only one.
+
+        Raises
+        ------
+        UnknownHeadError
+            If there is no such head, or none was named where several exist; lists the heads.
+        UnsupportedModelError
+            If the head uses a feature that is not supported.
+        """
+        known = {**self.aliases, **dict.fromkeys(self._refused, ())}
+        found = find_head(name, known if name is not None else self.aliases)
+        if found in self._refused:
+            raise UnsupportedModelError(self._refused[found])
+        return self._heads[found]
+
+    @overload
+    def evaluate(
+        self,
+        atoms: ase.Atoms,
+        head: str | None = None,
+        *,
+        fparam: ArrayLike | None = None,
+        aparam: ArrayLike | None = None,
+        charge_spin: ArrayLike | None = None,
+    ) -> Prediction: ...
+    @overload
+    def evaluate(
+        self,
+        atoms: Sequence[ase.Atoms],
+        head: str | None = None,
+        *,
+        fparam: ArrayLike | None = None,
+        charge_spin: ArrayLike | None = None,
+    ) -> list[Prediction]: ...
+
+    def evaluate(
+        self,
+        atoms: ase.Atoms | Sequence[ase.Atoms],
+        head: str | None = None,
+        *,
+        fparam: ArrayLike | None = None,
+        aparam: ArrayLike | None = None,
+        charge_spin: ArrayLike | None = None,
+    ) -> Prediction | list[Prediction]:
+        """Energy, atomic energies, forces and virial of one structure or several of any sizes.
+
+        Parameters
+        ----------
+        atoms
+            one structure, or a sequence of them, which is evaluated in one batch.
+        head
+            name or alias; may be left out where the file has only one.
+        fparam
+            shape (numb_fparam,), for all structures; else ``atoms.info["fparam"]``, else the model's default.
+        aparam
+            shape (n_atoms, numb_aparam), for a single structure; else ``atoms.arrays["aparam"]``.
+        charge_spin
+            shape (2,), total charge and spin; else ``atoms.info["charge"]`` and ``["spin"]``, else the
+            model's default.
+
+        Returns
+        -------
+        a `Prediction`, or a list of them
+
+        Raises
+        ------
+        StructureError
+            Unknown element, positions that are not finite, singular cell, missing parameters.
+        """
+        state = self.head(head)
+        if isinstance(atoms, ase.Atoms):
+            candidates = [find_candidates(atoms, state.model.rcut)]
+            inputs = self.inputs([atoms], candidates, state, fparam, aparam, charge_spin)
+            return self.predict(inputs, state)[0]
+        structures = list(atoms)
+        if not structures:
+            return []
+        candidates = [find_candidates(structure, state.model.rcut) for structure in structures]
+        return self.predict(self.inputs(structures, candidates, state, fparam, None, charge_spin), state)
+
+    def inputs(
+        self,
+        structures: Sequence[ase.Atoms],
+        candidates: Sequence[Candidates],
+        state: HeadState,
+        fparam: ArrayLike | None = None,
+        aparam: ArrayLike | None = None,
+        charge_spin: ArrayLike | None = None,
+    ) -> GraphInputs:
+        """Structures and their candidate pairs as the model takes them; see `evaluate` for the parameters."""
+        fitting = state.model.fitting
+        per_frame = [_fparam(structure, fparam, state) for structure in structures]
+        per_atom = [_aparam(structure, aparam, fitting.numb_aparam) for structure in structures]
+        charges = [_charge_spin(structure, charge_spin, state) for structure in structures]
+        return graph_inputs(
+            structures,
+            candidates,
+            [self._types(structure, state) for structure in structures],
+            state.model.rcut,
+            fparam=torch.from_numpy(np.stack(per_frame)).to(self.device),
+            aparam=torch.from_numpy(np.concatenate(per_atom)).to(self.device),
+            charge_spin=torch.from_numpy(np.stack(charges)).to(self.device),
+        )
+
+    def predict(self, inputs: GraphInputs, state: HeadState) -> list[Prediction]:
+        """Evaluate a head on prepared inputs, one prediction per structure."""
+        layouts, n_truncated = state.model.layouts(inputs)
+        if n_truncated:
+            self._warn(
+                f"{n_truncated} of {inputs.n_atoms} atoms have more neighbours within {state.model.rcut} Å "
+                f"than the {_total_sel(state.model)} that head {state.name!r} keeps; the nearest are used, "
+                "as in training, and the energy is not smooth there",
+                key="truncated",
+            )
+        energies = torch.zeros(inputs.n_atoms, dtype=torch.float64, device=self.device)
+        gradients = []
+        for layout in layouts:
+            data = (*layout.displacements, *layout.tensors)
+            atom_energies, *gradient = state.graph(data, state.weights[layout.group])
+            energies[layout.atoms] = atom_energies
+            gradients.append(gradient)
+        forces, virials = forces_and_virial(edge_gradients(layouts, gradients, inputs), inputs)
+        sizes = torch.bincount(inputs.frames, minlength=inputs.n_frames).tolist()
+        return [
+            Prediction(
+                energy=float(atom_energy.sum()),
+                atom_energy=atom_energy.numpy(),
+                forces=force.numpy(),
+                virial=virial.numpy(),
+                head=state.name,
+            )
+            for atom_energy, force, virial in zip(
+                torch.split(energies.cpu(), sizes),
+                torch.split(forces.cpu(), sizes),
+                virials.cpu(),
+                strict=True,
+            )
+        ]
+
+    def _types(self, atoms: ase.Atoms, state: HeadState) -> NDArray[np.int64]:
+        index = {symbol: k for k, symbol in enumerate(state.model.type_map)}
+        names = atoms.get_chemical_symbols()
+        present = set(names)
+        for symbol in sorted(present - index.keys()):
+            raise StructureError(
+                f"atom {names.index(symbol)} is {symbol}, which head {state.name!r} does not know; "
+                f"its type map is {', '.join(state.model.type_map)}{nearest(symbol, index)}"
+            )
+        if state.observed_types is not None:
+            for symbol in sorted(present - state.observed_types):
+                self._warn(
+                    f"head {state.name!r} never saw {symbol} in training (it saw "
+                    f"{', '.join(sorted(state.observed_types))}); its numbers for {symbol} mean little",
+                    key=f"unseen {state.name} {symbol}",
+                )
+        return np.fromiter((index[name] for name in names), dtype=np.int64, count=len(names))
+
+    def _warn(self, text: str, *, key: str) -> None:
+        """Warn once per potential and key."""
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(text, PredictionWarning, stacklevel=4)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    compile: bool | CompileMode = True,
+) -> Potential:
+    """Load a training checkpoint or a converted file.
+
+    Parameters
+    ----------
+    path
+        `.pt` of either dialect, or `.safetensors` made by ``mtinfer convert``.
+    device
+        torch device; default: CUDA where there is one, else the CPU.
+    dtype
+        "float32" or "float64": evaluate all heads in this precision instead of their own. Energies are
+        summed in float64 in either case.
+    compile
+        True answers the first calls eagerly and compiles in the background ("background"); "wait" compiles
+        before the first answer; False ("off") stays eager.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged, or not a checkpoint, or its weights do not fit its configuration.
+    UnsupportedModelError
+        If no head of the file is supported.
+    """
+    where = torch.device(device) if device is not None else _default_device()
+    mode = _compile_mode(compile)
+    checkpoint = read_checkpoint(Path(path))
+    if dtype is not None:
+        checkpoint = with_precision(checkpoint, _dtype(dtype))
+    heads: dict[str, HeadState] = {}
+    refused: dict[str, str] = {}
+    graphs: dict[str, SharedGraph] = {}
+    for name, record in checkpoint.heads.items():
+        if record.refused is not None:
+            refused[name] = record.refused
+            continue
+        try:
+            model = _model(record, checkpoint.dialect)
+        except UnsupportedModelError as err:
+            refused[name] = str(err)
+            continue
+        heads[name] = _head_state(record, model, where, mode, graphs)
+    if not heads:
+        raise UnsupportedModelError("; ".join(refused.values()))
+    return Potential(heads, refused, where)
+
+
+def check_heads(checkpoint: Checkpoint) -> None:
+    """Check that the weights of every head that can be evaluated fit its configuration.
+
+    Raises
+    ------
+    CheckpointError
+        As `load` does.
+    """
+    for record in checkpoint.heads.values():
+        if record.refused is None:
+            _model(record, checkpoint.dialect)
+
+
+def _model(record: HeadRecord, dialect: str) -> EnergyModel:
+    try:
+        model = EnergyModel.from_config(
+            record.config, dialect, graph_lower_disabled=record.graph_lower_disabled
+        )
+    except UnsupportedModelError as err:
+        raise UnsupportedModelError(f"head {record.name!r}: {err}") from err
+    check_weights(record.name, record.weights, model.parameters())
+    return model
+
+
+def _head_state(
+    record: HeadRecord,
+    model: EnergyModel,
+    device: torch.device,
+    mode: CompileMode,
+    graphs: dict[str, SharedGraph],
+) -> HeadState:
+    weights = {name: tensor.to(device) for name, tensor in record.weights.items()}
+    groups = model.prepare(weights)
+    names = tuple(sorted(groups[0]))
+    default_fparam = weights.get("fitting_net.default_fparam_tensor")
+    charge_spin = record.config["descriptor"].get("default_chg_spin")
+    observed = (record.config.get("info") or {}).get("observed_type")
+    return HeadState(
+        name=record.name,
+        aliases=record.aliases,
+        model=model,
+        weights=tuple(tuple(group[name] for name in names) for group in groups),
+        default_fparam=None if default_fparam is None else default_fparam.cpu().to(torch.float64),
+        default_charge_spin=None if charge_spin is None else (float(charge_spin[0]), float(charge_spin[1])),
+        observed_types=None if observed is None else frozenset(observed),
+        graph=_shared_graph(model, names, groups[0], mode, graphs),
+    )
+
+
+def _shared_graph(
+    model: EnergyModel,
+    names: Sequence[str],
+    group: Mapping[str, Tensor],
+    mode: CompileMode,
+    graphs: dict[str, SharedGraph],
+) -> SharedGraph:
+    """Return the graph of an architecture, made at its first head."""
+    shapes = [f"{name} {tuple(group[name].shape)} {group[name].dtype}" for name in names]
+    signature = "\n".join([repr(model), *shapes])
+    if signature not in graphs:
+        displacements, tensors = model.arguments()
+        n_arrays, n_data = len(displacements), len(displacements) + len(tensors)
+
+        def function(*values: Tensor) -> tuple[Tensor, ...]:
+            weights = dict(zip(names, values[n_data:], strict=True))
+            return model.energies_and_gradients(values[:n_arrays], values[n_arrays:n_data], weights)
+
+        graphs[signature] = SharedGraph(
+            function, signature, [*displacements, *tensors], [group[name] for name in names], mode
+        )
+    return graphs[signature]
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _compile_mode(compile: bool | CompileMode) -> CompileMode:
+    if isinstance(compile, bool):
+        return "background" if compile else "off"
+    if compile not in ("off", "wait", "background"):
+        raise ValueError(
+            f"compile={compile!r} is unknown; allowed are True, False, 'background', 'wait', 'off'"
+        )
+    return compile
+
+
+def _dtype(dtype: str | torch.dtype) -> Precision:
+    try:
+        return _DTYPES[str(dtype)]
+    except KeyError:
+        raise ValueError(f"dtype={dtype!r} is not supported; allowed are float32 and float64") from None
+
+
+def _total_sel(model: EnergyModel) -> int:
+    return sum(model.descriptor.selection.sel or ())
+
+
+def _fparam(atoms: ase.Atoms, given: ArrayLike | None, state: HeadState) -> NDArray[np.float64]:
+    size = state.model.fitting.numb_fparam
+    value = given if given is not None else atoms.info.get("fparam")
+    if size and value is None:
+        if state.default_fparam is None:
+            raise StructureError(
+                f"head {state.name!r} needs {size} frame parameters and has no default; "
+                f'set atoms.info["fparam"] or pass fparam='
+            )
+        value = state.default_fparam
+    return _shaped("fparam", value if size else None, (size,))
+
+
+def _aparam(atoms: ase.Atoms, given: ArrayLike | None, size: int) -> NDArray[np.float64]:
+    value = given if given is not None else atoms.arrays.get("aparam")
+    if size and value is None:
+        raise StructureError(
+            f'the model needs {size} atomic parameters per atom; set atoms.arrays["aparam"] or pass aparam='
+        )
+    return _shaped("aparam", value if size else None, (len(atoms), size))
+
+
+def _charge_spin(atoms: ase.Atoms, given: ArrayLike | None, state: HeadState) -> NDArray[np.float64]:
+    default = state.default_charge_spin or (0.0, 0.0)
+    if given is None:
+        given = [atoms.info.get("charge", default[0]), atoms.info.get("spin", default[1])]
+    return _shaped("charge_spin", given, (2,))
+
+
+def _shaped(name: str, value: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    array = np.zeros(shape) if value is None else np.asarray(value, dtype=np.float64)
+    if array.size != int(np.prod(shape)):
+        raise StructureError(f"{name} has shape {array.shape}; the model needs {shape}")
+    return array.reshape(shape)
