@@ -193,3 +193,54 @@ def _report(
         Console(width=None if sys.stdout.isatty() else 120).print(score_table(evaluation.scores))
     for path in written:
         click.echo(f"wrote {path}")
+
+
+@main.command()
+@click.argument("architectures", nargs=-1)
+@click.option(
+    "--atoms", type=int, multiple=True, default=(192, 1536), show_default=True, help="Atoms of water."
+)
+@click.option("--steps", type=int, default=10, show_default=True, help="Steps that count.")
+@click.option("--threads", type=int, default=2, show_default=True, help="CPU threads.")
+@click.option("--device", default="cpu", show_default=True, help="Torch device.")
+@click.option(
+    "--deepmd-python",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Python that has deepmd-kit: measure it in the same run.",
+)
+@click.option(
+    "--deepmd-script",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("benchmarks/deepmd_baseline.py"),
+    show_default=True,
+    help="Script that measures deepmd-kit.",
+)
+def bench(
+    architectures: tuple[str, ...],
+    atoms: tuple[int, ...],
+    steps: int,
+    threads: int,
+    device: str,
+    deepmd_python: Path | None,
+    deepmd_script: Path,
+) -> None:
+    """Measure ARCHITECTURES (default: all) with random weights at published sizes on water.
+
+    Prints a Markdown table of medians: time per step, atoms·step/s, time over the roofline of its matrix
+    products, peak memory, time of the first call and number of graphs compiled.
+    """
+    from .bench import ARCHITECTURES, measure, measure_deepmd, report
+
+    for name in architectures:
+        if name not in ARCHITECTURES:
+            raise click.UsageError(f"unknown architecture {name!r}; known are {', '.join(ARCHITECTURES)}")
+    figures, deepmd = [], {}
+    for name in architectures or ARCHITECTURES:
+        for n_atoms in atoms:
+            click.echo(f"{name}, {n_atoms} atoms …", err=True)
+            figures.append(measure(name, n_atoms, steps=steps, threads=threads, device=device))
+            if deepmd_python is not None:
+                deepmd[name, n_atoms] = measure_deepmd(
+                    deepmd_python, deepmd_script, name, n_atoms, steps=steps, threads=threads
+                )
+    click.echo(report(figures, deepmd))

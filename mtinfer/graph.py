@@ -181,6 +181,8 @@ class SharedGraph:
                     if compiled is None:
                         compiled = self._compile(store)
             except Exception as err:  # the compiler raises many types; whatever it is, eager is right
+                if not threading.main_thread().is_alive():
+                    return  # the process ends, and nobody waits for the graph
                 self._give_up(f"the graph could not be compiled ({_first_line(err)})")
                 return
             self._unchecked = True

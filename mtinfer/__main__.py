@@ -1,0 +1,5 @@
+"""``python -m mtinfer`` is the command line."""
+
+from .cli import main
+
+main(prog_name="mtinfer")

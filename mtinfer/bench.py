@@ -1,0 +1,374 @@
+"""Speed and memory of energy, forces and virial on water, beside deepmd-kit where it is installed.
+
+Every figure comes from a process of its own, so that peak memory is that of one model and one size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ase
+import ase.build
+import ase.io
+import numpy as np
+
+from .errors import MtinferError
+
+__all__ = ["ARCHITECTURES", "Figures", "measure", "water"]
+
+_FITTING = {"type": "ener", "neuron": [240, 240, 240], "resnet_dt": True, "precision": "float64"}
+_SE_ATTEN = {
+    "type": "se_atten",
+    "rcut": 6.0,
+    "rcut_smth": 0.5,
+    "sel": 140,
+    "neuron": [25, 50, 100],
+    "axis_neuron": 16,
+    "tebd_input_mode": "strip",
+    "smooth_type_embedding": True,
+    "precision": "float64",
+}
+#: name -> head configuration at the sizes that people publish; random weights are as fast as trained ones
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "se_e2_a": {
+        "descriptor": {
+            "type": "se_e2_a",
+            "rcut": 6.0,
+            "rcut_smth": 0.5,
+            "sel": [60, 100],
+            "neuron": [25, 50, 100],
+            "axis_neuron": 16,
+            "type_one_side": True,
+            "precision": "float64",
+        },
+        "fitting_net": _FITTING,
+    },
+    "dpa1": {"descriptor": {**_SE_ATTEN, "attn_layer": 0}, "fitting_net": _FITTING},
+    "dpa1-attention": {
+        "descriptor": {**_SE_ATTEN, "attn_layer": 2, "attn": 128, "tebd_input_mode": "concat"},
+        "fitting_net": _FITTING,
+    },
+    "dpa2-medium": {
+        "descriptor": {
+            "type": "dpa2",
+            "repinit": {
+                "tebd_dim": 8,
+                "rcut": 6.0,
+                "rcut_smth": 0.5,
+                "nsel": 120,
+                "neuron": [25, 50, 100],
+                "axis_neuron": 12,
+                "activation_function": "tanh",
+                "three_body_sel": 48,
+                "three_body_rcut": 4.0,
+                "three_body_rcut_smth": 3.5,
+                "use_three_body": True,
+            },
+            "repformer": {
+                "rcut": 4.0,
+                "rcut_smth": 3.5,
+                "nsel": 48,
+                "nlayers": 6,
+                "g1_dim": 128,
+                "g2_dim": 32,
+                "attn2_hidden": 32,
+                "attn2_nhead": 4,
+                "attn1_hidden": 128,
+                "attn1_nhead": 4,
+                "axis_neuron": 4,
+                "update_h2": False,
+                "update_g1_has_conv": True,
+                "update_g1_has_grrg": True,
+                "update_g1_has_drrd": True,
+                "update_g1_has_attn": False,
+                "update_g2_has_g1g1": False,
+                "update_g2_has_attn": True,
+                "update_style": "res_residual",
+                "update_residual": 0.01,
+                "update_residual_init": "norm",
+                "attn2_has_gate": True,
+                "use_sqrt_nnei": True,
+                "g1_out_conv": True,
+                "g1_out_mlp": True,
+            },
+            "precision": "float64",
+            "add_tebd_to_repinit_out": False,
+        },
+        "fitting_net": _FITTING,
+    },
+    "dpa3": {
+        "descriptor": {
+            "type": "dpa3",
+            "repflow": {
+                "n_dim": 128,
+                "e_dim": 64,
+                "a_dim": 32,
+                "nlayers": 6,
+                "e_rcut": 6.0,
+                "e_rcut_smth": 5.3,
+                "e_sel": 1200,
+                "a_rcut": 4.0,
+                "a_rcut_smth": 3.5,
+                "a_sel": 300,
+                "axis_neuron": 4,
+                "fix_stat_std": 0.3,
+                "a_compress_rate": 1,
+                "a_compress_e_rate": 2,
+                "a_compress_use_split": True,
+                "update_angle": True,
+                "smooth_edge_update": True,
+                "edge_init_use_dist": True,
+                "use_exp_switch": True,
+                "use_dynamic_sel": True,
+                "sel_reduce_factor": 10.0,
+                "update_style": "res_residual",
+                "update_residual": 0.1,
+                "update_residual_init": "const",
+                "n_multi_edge_message": 1,
+                "optim_update": True,
+            },
+            "activation_function": "silut:10.0",
+            "precision": "float32",
+            "use_tebd_bias": False,
+            "concat_output_tebd": False,
+        },
+        "fitting_net": {**_FITTING, "activation_function": "silut:10.0", "precision": "float32"},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one process found for one model, one size."""
+
+    architecture: str
+    engine: str
+    n_atoms: int
+    n_edges: int
+    #: reading the file, s
+    load_s: float
+    #: first energy, forces and virial, compilation included, s
+    first_call_s: float
+    median_ms: float
+    peak_rss_mib: float
+    graphs_compiled: int
+    #: floating-point operations of all matrix products of a step
+    gflop: float
+    #: time that those products take at the measured rate of a large product, ms
+    roofline_ms: float
+
+    @property
+    def atom_steps_per_second(self) -> float:
+        """Atoms times steps per second."""
+        return 1e3 * self.n_atoms / self.median_ms
+
+
+def water(n_atoms: int, seed: int = 0) -> ase.Atoms:
+    """Water of 1 g/cm³: randomly turned molecules on a slightly disturbed cubic grid, periodic.
+
+    Raises
+    ------
+    MtinferError
+        If `n_atoms` is not a multiple of 3.
+    """
+    n_molecules, rest = divmod(n_atoms, 3)
+    if rest or not n_molecules:
+        raise MtinferError(f"{n_atoms} atoms of water asked for; give a multiple of 3, such as 192")
+    rng = np.random.default_rng(seed)
+    edge = (29.915 * n_molecules) ** (1 / 3)
+    per_axis = math.ceil(n_molecules ** (1 / 3) - 1e-9)
+    sites = np.stack(np.meshgrid(*[np.arange(per_axis)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    sites = sites[rng.permutation(len(sites))[:n_molecules]] * (edge / per_axis)
+    atoms = ase.Atoms(cell=[edge] * 3, pbc=True)
+    for site in sites:
+        molecule = ase.build.molecule("H2O")
+        molecule.rotate(360 * rng.random(), rng.normal(size=3))
+        molecule.translate(site + rng.normal(scale=0.05, size=3))
+        atoms += molecule
+    return atoms
+
+
+def measure(architecture: str, n_atoms: int, *, steps: int, threads: int, device: str) -> Figures:
+    """Measure mtinfer in a fresh process."""
+    request = {
+        "architecture": architecture,
+        "n_atoms": n_atoms,
+        "steps": steps,
+        "threads": threads,
+        "device": device,
+    }
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "mtinfer.bench", json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MtinferError(f"measuring {architecture} at {n_atoms} atoms failed: {reason}")
+    return Figures(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure_deepmd(
+    python: Path, script: Path, architecture: str, n_atoms: int, *, steps: int, threads: int
+) -> dict[str, dict[str, Any]]:
+    """Measure deepmd-kit on the same weights and the same structure with the interpreter `python`.
+
+    Returns
+    -------
+    form of the model (``pt``, ``pt-no-jit``, ``pth``) -> its figures, or ``{"error": ...}``
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, structure = Path(folder) / "model.pt", Path(folder) / "water.extxyz"
+        _write_checkpoint(checkpoint, architecture)
+        ase.io.write(structure, water(n_atoms))
+        command = [str(python), str(script), str(checkpoint), "--head", "water"]
+        command += [
+            "--structure",
+            str(structure),
+            "--steps",
+            str(steps),
+            "--threads",
+            str(threads),
+            "--freeze",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MtinferError(f"{python} could not measure deepmd-kit: {reason}")
+    forms: dict[str, dict[str, Any]] = json.loads(done.stdout)["forms"]
+    return forms
+
+
+def _write_checkpoint(path: Path, architecture: str) -> None:
+    from .testing import write_random_checkpoint
+
+    write_random_checkpoint(path, {"type_map": ["O", "H"], **ARCHITECTURES[architecture]})
+
+
+def _measure_here(architecture: str, n_atoms: int, steps: int, threads: int, device: str) -> Figures:
+    import torch
+
+    from .calculator import MTCalculator
+
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "model.pt"
+        _write_checkpoint(checkpoint, architecture)
+        began = time.perf_counter()
+        calculator = MTCalculator(checkpoint, head="water", device=device, compile="wait")
+    load_s = time.perf_counter() - began
+    atoms = water(n_atoms)
+    start = atoms.get_positions()
+    rng = np.random.default_rng(0)
+    seconds = []
+    warm_up = 3
+    for step in range(1 + warm_up + steps):
+        atoms.set_positions(start + (rng.normal(0, 0.01, start.shape) if step else 0.0))
+        began = time.perf_counter()
+        calculator.calculate(atoms)
+        seconds.append(time.perf_counter() - began)
+    peak = _peak_rss_mib()
+    gflop, n_edges = _count(calculator, atoms)
+    return Figures(
+        architecture=architecture,
+        engine="mtinfer",
+        n_atoms=n_atoms,
+        n_edges=n_edges,
+        load_s=load_s,
+        first_call_s=seconds[0],
+        median_ms=1e3 * statistics.median(seconds[1 + warm_up :]),
+        peak_rss_mib=peak,
+        graphs_compiled=calculator.potential.graphs_compiled,
+        gflop=gflop,
+        roofline_ms=1e3 * gflop / _matmul_gflops(calculator.potential.device, architecture),
+    )
+
+
+def _count(calculator: Any, atoms: ase.Atoms) -> tuple[float, int]:
+    """Floating-point operations of one step, counted on the eager function, and number of pairs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from .neighbors import find_candidates
+
+    potential = calculator.potential
+    state = potential.head("water")
+    inputs = potential.inputs([atoms], [find_candidates(atoms, state.model.rcut)], state)
+    layouts, _ = state.model.layouts(inputs)
+    with FlopCounterMode(display=False) as counter:
+        for layout in layouts:
+            state.graph.function(*layout.displacements, *layout.tensors, *state.weights[layout.group])
+    return counter.get_total_flops() / 1e9, int(inputs.centers.shape[0])
+
+
+def _matmul_gflops(device: Any, architecture: str) -> float:
+    """Rate of a large matrix product in the precision of the descriptor, Gflop/s."""
+    import torch
+
+    dtype = getattr(torch, ARCHITECTURES[architecture]["descriptor"]["precision"])
+    n = 2048
+    a = torch.rand(n, n, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        float((a @ a)[0, 0])
+        seconds.append(time.perf_counter() - began)
+    return 2e-9 * n**3 / min(seconds)
+
+
+def _peak_rss_mib() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike `ru_maxrss`, not inherited from the process that started this one
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) / 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def report(figures: Sequence[Figures], deepmd: dict[tuple[str, int], dict[str, dict[str, Any]]]) -> str:
+    """Figures as a Markdown table; the last columns compare with the fastest form of deepmd-kit."""
+    lines = [
+        "| model | atoms | ms/step | atoms·step/s | over roofline | peak MiB | first call s | graphs "
+        "| deepmd-kit ms/step | speed | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in figures:
+        forms = deepmd.get((row.architecture, row.n_atoms), {})
+        ran = {form: value for form, value in forms.items() if "median_ms" in value}
+        theirs = ["", "", ""]
+        if ran:
+            form, best = min(ran.items(), key=lambda item: item[1]["median_ms"])
+            theirs = [
+                f"{best['median_ms']:.1f} ({form})",
+                f"{best['median_ms'] / row.median_ms:.1f}x",
+                f"{row.peak_rss_mib / best['peak_rss_mib']:.2f}x",
+            ]
+        elif forms:
+            theirs[0] = "failed"
+        cells = [
+            row.architecture,
+            f"{row.n_atoms}",
+            f"{row.median_ms:.1f}",
+            f"{row.atom_steps_per_second:.0f}",
+            f"{row.median_ms / row.roofline_ms:.1f}x of {row.roofline_ms:.1f}",
+            f"{row.peak_rss_mib:.0f}",
+            f"{row.first_call_s:.1f}",
+            f"{row.graphs_compiled}",
+            *theirs,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_measure_here(**json.loads(sys.argv[1])))))
