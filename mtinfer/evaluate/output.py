@@ -1,0 +1,52 @@
+"""Output files that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import OutputError
+
+
+def check_output(path: str | Path, *, suffixes: Sequence[str] = ()) -> None:
+    """Raise an OutputError if `path` can't be written; to be called before long work.
+
+    Parameters
+    ----------
+    path
+        File to be written; an existing one may be replaced.
+    suffixes
+        Endings that the name may have, in lower case; none means any.
+    """
+    path = Path(path)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise OutputError(f"{path}: the name ends in {path.suffix!r}, allowed are {', '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: folder {path.parent} does not exist; make it or choose another path")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: exists and is not a regular file; choose another path")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path}: folder {path.parent} is not writable; choose another path")
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, which takes its place when the block ends without error.
+
+    Raises
+    ------
+    OutputError
+        The file can't be written; `path` is as it was before.
+    """
+    path = Path(path)
+    check_output(path)
+    partial = path.with_name(f".{os.getpid()}.{path.name}")  # same suffix: writers look at it
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as err:
+        raise OutputError(f"{path}: can't be written: {err.strerror or err}; choose another path") from err
+    finally:
+        partial.unlink(missing_ok=True)
