@@ -73,7 +73,7 @@ class MTCalculator(Calculator):
             raise TypeError(f"MTCalculator does not take {keyword}=: {_FOREIGN_KEYWORDS[keyword]}")
         if skin < 0:
             raise ValueError(f"skin={skin} is negative; give 0 or more, in Å")
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         if isinstance(model, Potential):
             if device is not None or dtype is not None:
                 raise TypeError(
@@ -101,7 +101,7 @@ class MTCalculator(Calculator):
     @head.setter
     def head(self, name: str) -> None:
         self._state = self.potential.head(name)
-        self.reset()
+        self.reset()  # type: ignore[no-untyped-call]
 
     def calculate(
         self,
@@ -110,7 +110,7 @@ class MTCalculator(Calculator):
         system_changes: list[str] = all_changes,
     ) -> None:
         """Evaluate `atoms` with the head in use; called by ASE."""
-        super().calculate(atoms, properties, system_changes)
+        super().calculate(atoms, properties, system_changes)  # type: ignore[no-untyped-call]
         if self.atoms is None:
             raise CalculatorSetupError("no structure was given; set atoms.calc, or pass atoms")
         structure, state = self.atoms, self._state
@@ -135,7 +135,7 @@ class MTCalculator(Calculator):
 
     def check_state(self, atoms: ase.Atoms, tol: float = 1e-15) -> list[str]:
         """Changes since the last calculation, those of the parameters of a structure included."""
-        changes: list[str] = super().check_state(atoms, tol)
+        changes: list[str] = super().check_state(atoms, tol)  # type: ignore[no-untyped-call]
         if self.atoms is not None and not changes and _parameters(self.atoms) != _parameters(atoms):
             changes.append("info")
         return changes

@@ -128,15 +128,18 @@ def evaluate(
     deepmd/npy folders.
     """
     from .data import read_frames
-    from .evaluate import check_output
+    from .evaluate import PLOT_SUFFIXES, check_output
     from .potential import load
 
-    for path in (json_file, csv_file, plot, output):
+    for path in (json_file, csv_file, output):
         if path is not None:
             check_output(path)
+    if plot is not None:
+        check_output(plot, suffixes=PLOT_SUFFIXES)
     potential = load(model, device=device, dtype=dtype, compile="wait" if compile_ == "on" else "off")
     chosen = _chosen_heads(potential, heads)
-    frames = read_frames(data, type_map=potential.head(chosen[0]).model.type_map)
+    type_maps = {potential.head(name).model.type_map for name in chosen}
+    frames = read_frames(data, type_map=type_maps.pop() if len(type_maps) == 1 else None)
     n_atoms = sum(len(frame.atoms) for frame in frames) * len(chosen)
     if compile_ == "auto" and n_atoms >= _COMPILE_PAYS_ATOMS:
         potential.compile("wait")
@@ -177,22 +180,21 @@ def _report(
 
     from .evaluate import parity_plot, score_table, write_csv, write_json, write_predictions
 
-    if not evaluation.scores and output is None:
+    if output is not None:
+        write_predictions(output, evaluation)
+    elif not evaluation.scores:
         raise DataError("no frame carries a label, so there is nothing to score; --output writes predictions")
-    written = []
-    for path, write in (
-        (json_file, lambda path: write_json(path, evaluation, model)),
-        (csv_file, lambda path: write_csv(path, evaluation.scores)),
-        (plot, lambda path: parity_plot(path, evaluation)),
-        (output, lambda path: write_predictions(path, evaluation)),
-    ):
-        if path is not None:
-            write(path)
-            written.append(path)
+    if json_file is not None:
+        write_json(json_file, evaluation, model)
+    if csv_file is not None:
+        write_csv(csv_file, evaluation.scores)
+    if plot is not None:
+        parity_plot(plot, evaluation)
     if evaluation.scores:
         Console(width=None if sys.stdout.isatty() else 120).print(score_table(evaluation.scores))
-    for path in written:
-        click.echo(f"wrote {path}")
+    for path in (output, json_file, csv_file, plot):
+        if path is not None:
+            click.echo(f"wrote {path}")
 
 
 @main.command()

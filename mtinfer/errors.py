@@ -7,10 +7,12 @@ from collections.abc import Iterable
 
 __all__ = [
     "CheckpointError",
+    "ConfigError",
     "DataError",
     "MtinferError",
     "OutputError",
     "StructureError",
+    "TrainingError",
     "UnknownHeadError",
     "UnsupportedModelError",
     "nearest",
@@ -39,6 +41,14 @@ class StructureError(MtinferError):
 
 class DataError(MtinferError):
     """Labelled data can't be read: empty folder, label of the wrong shape, unknown format."""
+
+
+class ConfigError(MtinferError):
+    """A training input has an unknown key, a wrong value, or asks for what is not supported."""
+
+
+class TrainingError(MtinferError):
+    """Training can't go on: the loss is not a number, a process died, a checkpoint does not fit."""
 
 
 class OutputError(MtinferError):

@@ -247,7 +247,8 @@ def _sources() -> str:
     """Digest of the files whose text determines a graph."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([Path(__file__), *(here / "models").glob("*.py"), *(here / "train").glob("*.py")]):
+    traced = [here / "train" / name for name in ("batch.py", "step.py")]
+    for path in sorted([Path(__file__), *(here / "models").glob("*.py"), *traced]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -22,6 +22,7 @@ from .environment import (
     statistics,
     statistics_parameters,
 )
+from .gather import lookup
 from .layers import Network, Weights, layer_norm, precision, required, safe_norm
 from .layout import Argument, Block, Layout, Padding, Pairs, Selection, far_away, ragged_take, row_chunks
 
@@ -98,9 +99,9 @@ class PairNetwork:
         """
         shift = weights[f"{self.prefix}.pair_shift"]
         if not self.strip:
-            rest = weights[f"{self.prefix}.pair_types"][pair]
-            return self.radial.on_scalar(s, rest, shift[pair], weights)
-        factor = weights[f"{self.prefix}.pair_factor"][pair]
+            rest = lookup(weights[f"{self.prefix}.pair_types"], pair)
+            return self.radial.on_scalar(s, rest, lookup(shift, pair), weights)
+        factor = lookup(weights[f"{self.prefix}.pair_factor"], pair)
         if self.smooth:
             factor = factor * w
         return self.radial.on_scalar(s, s, shift, weights) * (1.0 + factor)
@@ -362,10 +363,10 @@ class DPA1:
             Argument(("atoms",)),
         ]
 
-    def layouts(self, inputs: GraphInputs, pairs: Pairs) -> list[Layout]:
+    def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]:
         """Padded neighbour matrices, a few centres each."""
         counts = torch.bincount(pairs.centers, minlength=inputs.n_atoms)
-        return [self.layout(inputs, pairs, counts, atoms) for atoms in row_chunks(counts)]
+        return [self.layout(inputs, pairs, counts, atoms) for atoms in row_chunks(counts, split=split)]
 
     def layout(self, inputs: GraphInputs, pairs: Pairs, counts: Tensor, atoms: Tensor) -> Layout:
         """One padded neighbour matrix.
@@ -425,10 +426,11 @@ class DPA1:
             # each centre's phantoms: the slots that upstream has and this array lacks
             g = self.attention(g, rows, w, mask, n_phantom[:, None, None], weights)
         moment = rows.transpose(1, 2) @ g
-        moment = add_to_first_row(moment, n_empty.unsqueeze(1) * weights[f"{self.block}.empty"][empty_pair])
+        empty = lookup(weights[f"{self.block}.empty"], empty_pair)
+        moment = add_to_first_row(moment, n_empty.unsqueeze(1) * empty)
         features = invariants(moment / self.sel, self.axis_neuron)
         if self.concat_output_tebd:
-            features = torch.cat([features, weights["descriptor.type_embedding"][types]], dim=1)
+            features = torch.cat([features, lookup(weights["descriptor.type_embedding"], types)], dim=1)
         return features, types
 
 

@@ -34,7 +34,7 @@ class Descriptor(Protocol):
     def parameters(self) -> dict[str, ParameterSpec]: ...
     def prepare(self, weights: Weights) -> list[dict[str, Tensor]]: ...
     def arguments(self) -> tuple[list[Argument], list[Argument]]: ...
-    def layouts(self, inputs: GraphInputs, pairs: Pairs) -> list[Layout]: ...
+    def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]: ...
     def __call__(
         self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
     ) -> tuple[Tensor, Tensor]: ...
@@ -163,10 +163,13 @@ class EnergyModel:
         parameters = [Argument(("atoms", n)) for n in (self.fitting.numb_fparam, self.fitting.numb_aparam)]
         return displacements, [*tensors, *parameters]
 
-    def layouts(self, inputs: GraphInputs) -> tuple[list[Layout], int]:
-        """Arguments of the graph for `inputs`, and how many atoms lost neighbours to truncation."""
+    def layouts(self, inputs: GraphInputs, *, split: bool = True) -> tuple[list[Layout], int]:
+        """Arguments of the graph for `inputs`, and how many atoms lost neighbours to truncation.
+
+        With `split` there are as many calls as run fastest; without, one per weight group, in their order.
+        """
         pairs = self.descriptor.selection(inputs)
-        layouts = self.descriptor.layouts(inputs, pairs)
+        layouts = self.descriptor.layouts(inputs, pairs, split=split)
         return [self._with_parameters(layout, inputs) for layout in layouts], pairs.n_truncated
 
     def _with_parameters(self, layout: Layout, inputs: GraphInputs) -> Layout:
@@ -238,8 +241,9 @@ def forces_and_virial(gradient: Tensor, inputs: GraphInputs) -> tuple[Tensor, Te
     """
     forces = gradient.new_zeros(inputs.n_atoms, 3)
     forces.index_add_(0, inputs.centers, gradient)
-    forces.index_add_(0, inputs.neighbors, gradient, alpha=-1)
-    outer = (gradient.unsqueeze(2) * inputs.displacements.unsqueeze(1)).reshape(-1, 9)
-    virial = gradient.new_zeros(inputs.n_frames, 9)
-    virial.index_add_(0, inputs.frames[inputs.centers], outer, alpha=-1)
-    return forces, virial.reshape(-1, 3, 3)
+    forces.index_add_(0, inputs.neighbors, -gradient)
+    # pairs are sorted by centre, hence by frame
+    per_frame = torch.bincount(inputs.frames[inputs.centers], minlength=inputs.n_frames).tolist()
+    pieces = zip(gradient.split(per_frame), inputs.displacements.split(per_frame), strict=True)
+    virial = torch.stack([-(g.t() @ d) for g, d in pieces])
+    return forces, virial

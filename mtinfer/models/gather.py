@@ -1,8 +1,8 @@
 """Rows of a table by index, and sums of rows by index: each the derivative of the other.
 
-The sum is one opaque operator: Inductor's CPU code for scatter-adds with dynamic shapes uses vectorised
-atomics that corrupt memory with several threads (torch 2.13). It runs over the entries in the order that the
-index lists them under each row, so forces are reproducible bit for bit on every device. The gather stays
+The sums are opaque operators: Inductor's CPU code for scatter-adds with dynamic shapes uses vectorised
+atomics that corrupt memory with several threads (torch 2.13). They run over the entries in the order that the
+index lists them under each row, so results are reproducible bit for bit on every device. The gather stays
 visible to the compiler, which reads the rows where they are needed instead of copying them.
 """
 
@@ -27,39 +27,67 @@ class Index(NamedTuple):
     @classmethod
     def of(cls, rows: Tensor, n: int, *, ascending: bool = False) -> Index:
         """Build from the row of each entry; `ascending` promises that they are sorted."""
-        counts = torch.bincount(rows, minlength=n)
         m = rows.shape[0]
         order = torch.arange(m, device=rows.device) if ascending else torch.argsort(rows, stable=True)
+        counts = torch.bincount(rows, minlength=n)
         return cls(rows, order, torch.cumsum(counts, 0) - counts)
 
 
 _OPERATORS = torch.library.Library("mtinfer", "FRAGMENT")
+_OPERATORS.define("settled(Tensor x) -> Tensor")
 _OPERATORS.define("segment_sum(Tensor x, Tensor order, Tensor starts) -> Tensor")
 _OPERATORS.define("moment(Tensor weights, Tensor x, Tensor rows, Tensor starts) -> Tensor")
 
 
-def _bags(x: Tensor, rows: Tensor, starts: Tensor, weights: Tensor | None = None) -> Tensor:
+def _settled_kernel(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _segment_sum_kernel(x: Tensor, rows: Tensor, starts: Tensor, weights: Tensor | None = None) -> Tensor:
     if rows.shape[0] == 0:
         return x.new_zeros((starts.shape[0], x.shape[1]))
     return torch.embedding_bag(x, rows, starts, mode=0, per_sample_weights=weights)[0]
 
 
 def _moment_kernel(weights: Tensor, x: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
-    return torch.stack([_bags(x, rows, starts, w) for w in weights.t().contiguous()], dim=1)
+    columns = weights.t().contiguous()
+    return torch.stack([_segment_sum_kernel(x, rows, starts, column) for column in columns], dim=1)
 
 
-_OPERATORS.impl("segment_sum", _bags, "CompositeExplicitAutograd")
+_OPERATORS.impl("settled", _settled_kernel, "CompositeExplicitAutograd")
+_OPERATORS.impl("segment_sum", _segment_sum_kernel, "CompositeExplicitAutograd")
 _OPERATORS.impl("moment", _moment_kernel, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("mtinfer::segment_sum")
-def _(x: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+def _settled_shape(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _segment_sum_shape(x: Tensor, order: Tensor, starts: Tensor) -> Tensor:
     return x.new_empty((starts.shape[0], x.shape[1]))
 
 
-@torch.library.register_fake("mtinfer::moment")
-def _(weights: Tensor, x: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
+def _moment_shape(weights: Tensor, x: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
     return x.new_empty((starts.shape[0], weights.shape[1], x.shape[1]))
+
+
+torch.library.register_fake("mtinfer::settled", _settled_shape)
+torch.library.register_fake("mtinfer::segment_sum", _segment_sum_shape)
+torch.library.register_fake("mtinfer::moment", _moment_shape)
+
+
+class _Settled(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.ops.mtinfer.settled(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 class _Gather(torch.autograd.Function):
@@ -87,7 +115,7 @@ class _SegmentSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return gather(gradient, Index(*ctx.saved_tensors)), None, None, None
+        return gather(settled(gradient), Index(*ctx.saved_tensors)), None, None, None
 
 
 class _Moment(torch.autograd.Function):
@@ -103,23 +131,50 @@ class _Moment(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weights, x, *indices = ctx.saved_tensors
-        here = gather(gradient.flatten(1), Index(*indices[:3])).unflatten(1, gradient.shape[1:])
+        here = gather(settled(gradient).flatten(1), Index(*indices[:3]))
+        here = here.unflatten(1, gradient.shape[1:])
         of_x = (weights.unsqueeze(2) * here).sum(1)
         if len(indices) > 3:
             source = Index(*indices[3:])
             x = gather(x, source)
             of_x = segment_sum(of_x, source)
-        of_weights = (here * x.unsqueeze(1)).sum(2)
-        return of_weights, of_x, *(None for _ in indices)
+        return (here * x.unsqueeze(1)).sum(2), of_x, *(None for _ in indices)
 
 
-def moment(weights: Tensor, x: Tensor, index: Index, source: Index | None = None) -> Tensor:
-    """Sum over the entries of each row of weights ⊗ x, (m, d) and (m, c) -> (n, d, c), for an ascending `index`.
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(table: Tensor, index: Tensor) -> Tensor:
+        return table[index]
 
-    With a `source`, x has shape (n_source, c), and entry k reads row ``source.rows[k]`` of it.
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        table, index = inputs
+        ctx.save_for_backward(index)
+        ctx.n_rows = table.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        rows = torch.arange(ctx.n_rows, device=index.device)
+        one_hot = (rows.unsqueeze(1) == index.reshape(1, -1)).to(gradient.dtype)
+        return one_hot @ gradient.reshape(-1, gradient.shape[-1]), None
+
+
+def lookup(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table of few rows (types, pairs of types): (n, c) and any shape (...) -> (..., c).
+
+    The derivative with respect to the table is a product with one-hot rows.
     """
-    indices = (*index, *(source or ()))
-    return _Moment.apply(weights, x, *indices)  # type: ignore[no-any-return, no-untyped-call]
+    return _Lookup.apply(table, index)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def settled(x: Tensor) -> Tensor:
+    """Copy of `x` that the compiler can't look through.
+
+    For a small table that a long list is gathered from: the compiler would otherwise evaluate what the table
+    is made of once per entry of the list.
+    """
+    return _Settled.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def gather(x: Tensor, index: Index | Tensor) -> Tensor:
@@ -132,3 +187,24 @@ def gather(x: Tensor, index: Index | Tensor) -> Tensor:
 def segment_sum(x: Tensor, index: Index) -> Tensor:
     """Sum over the entries of each row, in the order of `index`: shape (m, c) -> (n, c)."""
     return _SegmentSum.apply(x, *index)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def moment(weights: Tensor, x: Tensor, index: Index, source: Index | None = None) -> Tensor:
+    """Sum over the entries of each row of weights ⊗ x, without writing the products out.
+
+    Parameters
+    ----------
+    weights
+        shape (m, d).
+    x
+        shape (m, c), or (n_source, c) with a `source`.
+    index
+        row of each entry; must be ascending.
+    source
+        row of `x` of each entry; without it, entry k has row k.
+
+    Returns
+    -------
+    shape (n, d, c)
+    """
+    return _Moment.apply(weights, x, *index, *(source or ()))  # type: ignore[no-any-return, no-untyped-call]

@@ -45,9 +45,55 @@ def _gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
+class _Silu(torch.autograd.Function):
+    """x σ(x), with a derivative that is computed from x alone.
+
+    torch's own has no second derivative under make_fx (torch 2.13). Each sigmoid here has one reader, since
+    Inductor writes out one that has several instead of computing it where it is needed.
+    """
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * (torch.sigmoid(x) * (1.0 + x * (1.0 - torch.sigmoid(x))))
+
+
 def _silu(x: Tensor) -> Tensor:
-    # written out: torch's silu_backward has no second derivative under make_fx (torch 2.13)
-    return x * torch.sigmoid(x)
+    return _Silu.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Silut(torch.autograd.Function):
+    """x σ(x) below a threshold, tanh(slope (x - threshold)) + offset above it, in one sigmoid.
+
+    tanh(y) = 2σ(2y) - 1. For the derivative see `_Silu`.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, threshold: float, slope: float, offset: float) -> Tensor:
+        low = x < threshold
+        z = torch.where(low, x, (x - threshold) * (2.0 * slope))
+        return torch.where(low, x, 2.0) * torch.sigmoid(z) + (~low).to(x.dtype) * (offset - 1.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.threshold, ctx.slope, _ = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        low = x < ctx.threshold
+        z = torch.where(low, x, (x - ctx.threshold) * (2.0 * ctx.slope))
+        falling = torch.where(low, x, 4.0 * ctx.slope) * (1.0 - torch.sigmoid(z))
+        return gradient * (torch.sigmoid(z) * (low.to(x.dtype) + falling)), None, None, None
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -61,7 +107,7 @@ def _silut(threshold: float) -> Callable[[Tensor], Tensor]:
     offset = threshold * sigma
 
     def silut(x: Tensor) -> Tensor:
-        return torch.where(x < threshold, _silu(x), torch.tanh(slope * (x - threshold)) + offset)
+        return _Silut.apply(x, threshold, slope, offset)  # type: ignore[no-any-return, no-untyped-call]
 
     return silut
 
@@ -203,6 +249,14 @@ def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     variance = (centred * centred).mean(-1, keepdim=True)
     return centred * torch.rsqrt(variance + eps) * scale + shift
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """Sum over the last axis, kept as an axis of one.
+
+    A product with ones: the compiler's code for sums along short rows of doubles is slow (torch 2.13).
+    """
+    return x @ x.new_ones(x.shape[-1], 1)
 
 
 def safe_norm(x: Tensor) -> Tensor:

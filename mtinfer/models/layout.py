@@ -249,7 +249,7 @@ def ragged_take(counts: Tensor, rows: Tensor) -> Tensor:
     return torch.arange(offsets.shape[0], device=rows.device) + offsets
 
 
-def row_chunks(counts: Tensor) -> list[Tensor]:
+def row_chunks(counts: Tensor, *, split: bool = True) -> list[Tensor]:
     """Divide rows into calls of the graph, rows of similar count together.
 
     Short calls keep the arrays of a call in the processor's cache and their memory in the allocator's
@@ -259,23 +259,23 @@ def row_chunks(counts: Tensor) -> list[Tensor]:
     ----------
     counts
         shape (n_rows,), slots that each row fills.
+    split
+        False puts all rows, even none, into one call.
 
     Returns
     -------
     row numbers, one tensor per call
     """
+    if not split:
+        return [torch.arange(counts.shape[0], device=counts.device)]
     if not counts.shape[0]:
         return []
     limit = SLOTS_PER_CALL if counts.device.type == "cpu" else SLOTS_PER_CALL_ACCELERATOR
     order = torch.argsort(counts, stable=True)
-    widths = torch.clamp(counts[order], min=1).tolist()
-    sizes, n_rows = [], 0
-    for width in widths:
-        if n_rows and (n_rows + 1) * width > limit:
-            sizes.append(n_rows)
-            n_rows = 0
-        n_rows += 1
-    return list(order.split([*sizes, n_rows]))
+    filled = torch.cumsum(torch.clamp(counts[order], min=1), 0)
+    n_calls = -(-int(filled[-1]) // limit)
+    call = (filled - 1) * n_calls // filled[-1]
+    return list(order.split(torch.bincount(call, minlength=n_calls).tolist()))
 
 
 #: neighbour slots in one call of a graph whose atoms are independent of each other

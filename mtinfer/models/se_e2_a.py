@@ -120,8 +120,8 @@ class SeE2A:
         sections = [Argument(("atoms", f"slots of type {t}", 3)) for t in range(self.n_types)]
         return sections, [Argument(("atoms",), torch.int64), Argument(("atoms", self.n_types))]
 
-    def layouts(self, inputs: GraphInputs, pairs: Pairs) -> list[Layout]:
-        """One call per centre type that occurs; one padded matrix per neighbour type."""
+    def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]:
+        """One call or several per centre type; one padded matrix per neighbour type."""
         n_types, n_atoms = self.n_types, inputs.n_atoms
         # pairs by neighbour type, then by centre: one section after the other
         key = inputs.types[pairs.neighbors] * n_atoms + pairs.centers
@@ -134,7 +134,7 @@ class SeE2A:
         layouts = []
         for c in range(n_types):
             of_type = (inputs.types == c).nonzero().squeeze(1)
-            for chunk in row_chunks(totals[of_type]):
+            for chunk in row_chunks(totals[of_type], split=split):
                 atoms = of_type[chunk]
                 displacements, blocks = [], []
                 for t in range(n_types):

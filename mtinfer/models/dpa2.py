@@ -1,0 +1,288 @@
+"""DPA-2: a type-aware first stage over the long cutoff, message passing over a short one.
+
+Zhang et al., npj Comput. Mater. 10, 293 (2024), arXiv:2312.15492.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..inputs import GraphInputs, ParameterSpec
+from .dpa1 import DPA1
+from .environment import Environment, TypeEmbedding
+from .gather import Index, lookup
+from .layers import Weights, precision, required
+from .layout import Argument, Block, Layout, Padding, Pairs, Selection, far_away
+from .repformer import Repformer, RepformerOptions
+from .three_body import ThreeBody
+
+#: keys of section `repinit` that have a default in the format
+_REPINIT_DEFAULTS = {
+    "neuron": (25, 50, 100),
+    "axis_neuron": 16,
+    "tebd_dim": 8,
+    "tebd_input_mode": "concat",
+    "activation_function": "tanh",
+    "resnet_dt": False,
+    "type_one_side": False,
+    "use_three_body": False,
+    "three_body_neuron": (2, 4, 8),
+    "three_body_sel": 40,
+    "three_body_rcut": 4.0,
+    "three_body_rcut_smth": 0.5,
+}
+
+
+#: graph arguments of `DPA1`
+_N_REPINIT = 5
+
+
+@dataclass(frozen=True)
+class DPA2:
+    """Descriptor `dpa2`. Its graph arguments are those of `layouts`."""
+
+    repinit: DPA1
+    three_body: ThreeBody | None
+    repformer: Repformer
+    add_type_to_repinit: bool
+    concat_output_tebd: bool
+    dtype: torch.dtype
+    selection: Selection = field(repr=False)
+    #: keeps all neighbours, so that smooth attention may see more of them than it has slots
+    can_overflow: bool
+
+    mixed_types = True
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        type_map: Sequence[str],
+        pair_exclude: tuple[tuple[int, int], ...],
+        pt: bool,
+        graph: bool,
+    ) -> DPA2:
+        """Read a descriptor configuration; missing keys get the defaults of the format.
+
+        Parameters
+        ----------
+        pt
+            dialect; the other one closes the gaps of excluded pairs before it cuts the shorter lists.
+        graph
+            keep all neighbours instead of the nearest `nsel` of each block, if the options allow it.
+        """
+        section = _REPINIT_DEFAULTS | dict(required(config, "repinit", "dpa2"))
+        options = RepformerOptions.from_config(required(config, "repformer", "dpa2"))
+        dtype = precision(config.get("precision", "default"))
+        smooth = bool(config.get("smooth", True))
+        # upstream keeps the truncated list where an empty slot could count
+        zero_mean = all(config[name].get("set_davg_zero", True) for name in ("repinit", "repformer"))
+        graph = graph and zero_mean and not section["use_three_body"]
+        repinit = _repinit(config, section, type_map, pair_exclude, pt=pt, graph=graph)
+        three_body = _three_body(section, repinit, smooth) if section["use_three_body"] else None
+        protection = repinit.environment.protection
+        repformer = Repformer(
+            options,
+            repinit.n_types,
+            Environment(float(options.rcut), float(options.rcut_smth), protection),
+            smooth,
+            dtype,
+        )
+        blocks = [(options.rcut, options.nsel)]
+        if three_body is not None:
+            blocks.append((three_body.environment.rcut, three_body.sel))
+        inner = tuple(
+            replace(repinit.selection, sel=None if graph else (int(sel),), rcut=float(rcut))
+            for rcut, sel in blocks
+        )
+        return cls(
+            repinit=repinit,
+            three_body=three_body,
+            repformer=repformer,
+            add_type_to_repinit=bool(config.get("add_tebd_to_repinit_out", False)),
+            concat_output_tebd=bool(config.get("concat_output_tebd", True)),
+            dtype=dtype,
+            selection=replace(repinit.selection, inner=inner, closes_gaps=not pt),
+            can_overflow=graph and smooth,
+        )
+
+    @property
+    def rcut(self) -> float:
+        return self.repinit.rcut
+
+    @property
+    def type_embedding(self) -> TypeEmbedding:
+        """Shared by all blocks."""
+        return self.repinit.type_embedding
+
+    @property
+    def width(self) -> int:
+        """Width of the descriptor of one atom."""
+        width = self.repformer.options.g1_dim
+        return width + self.type_embedding.width if self.concat_output_tebd else width
+
+    @property
+    def _width_before_transform(self) -> int:
+        return self.repinit.width + (self.three_body.width if self.three_body is not None else 0)
+
+    @property
+    def _is_transformed(self) -> bool:
+        return self._width_before_transform != self.repformer.options.g1_dim
+
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """Return name -> shape and dtype of every weight."""
+        g1_dim = self.repformer.options.g1_dim
+        specs = self.repinit.parameters() | self.repformer.parameters()
+        if self.three_body is not None:
+            specs |= self.three_body.parameters()
+        if self._is_transformed:
+            shape = (self._width_before_transform, g1_dim)
+            specs["descriptor.g1_shape_tranform.w"] = ParameterSpec(shape, self.dtype)
+        if self.add_type_to_repinit:
+            shape = (self.type_embedding.width, g1_dim)
+            specs["descriptor.tebd_transform.w"] = ParameterSpec(shape, self.dtype)
+        return specs
+
+    def prepare(self, weights: Weights) -> list[dict[str, Tensor]]:
+        """Weights for the graph, in the single group of this descriptor."""
+        (prepared,) = self.repinit.prepare(weights)
+        embedding = prepared["descriptor.type_embedding"]
+        prepared |= self.repformer.prepare(weights)
+        if self.three_body is not None:
+            prepared |= self.three_body.prepare(weights, embedding)
+        if self._is_transformed:
+            prepared["descriptor.g1_shape_tranform.w"] = weights["descriptor.g1_shape_tranform.w"]
+        if self.add_type_to_repinit:
+            prepared["descriptor.type_shift"] = embedding @ weights["descriptor.tebd_transform.w"]
+        return [prepared]
+
+    def arguments(self) -> tuple[list[Argument], list[Argument]]:
+        """Displacement arrays and further arguments of the graph; see `__call__`."""
+        displacements, tensors = self.repinit.arguments()
+        displacements.append(Argument(("atoms", "near slots", 3)))
+        tensors += [
+            Argument(("atoms", "near slots"), torch.int64),
+            Argument(("near slots of all atoms",), torch.int64),
+            Argument(("atoms",), torch.int64),
+        ]
+        if self.can_overflow:
+            tensors.append(Argument(("atoms", "near slots"), torch.bool))
+        if self.three_body is not None:
+            displacements.append(Argument(("atoms", "slots of pairs", 3)))
+            tensors.append(Argument(("atoms", "slots of pairs"), torch.int64))
+        return displacements, tensors
+
+    def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]:
+        """One call for all centres, whatever `split`: padded neighbour matrices of repinit, repformer and three-body block."""
+        atoms = torch.arange(inputs.n_atoms, device=inputs.types.device)
+        counts = torch.bincount(pairs.centers, minlength=inputs.n_atoms)
+        layout = self.repinit.layout(inputs, pairs, counts, atoms)
+        layout, neighbors = _extended(layout, inputs, pairs.inner[0], self.repformer.environment.rcut)
+        tensors = [*layout.tensors, neighbors, *Index.of(neighbors.flatten(), inputs.n_atoms)[1:]]
+        if self.can_overflow:
+            tensors.append(self.repformer.saturated(layout.displacements[1]))
+        if self.three_body is not None:
+            layout, neighbors = _extended(layout, inputs, pairs.inner[1], self.three_body.environment.rcut)
+            tensors.append(inputs.types[neighbors])
+        return [replace(layout, tensors=tuple(tensors))]
+
+    def __call__(
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
+    ) -> tuple[Tensor, Tensor]:
+        """Descriptor of every centre.
+
+        Parameters
+        ----------
+        displacements
+            one array per block, shape (n, m, 3), Å.
+        tensors
+            those of `DPA1`; neighbours (n, m) of the repformer, and the rest of their `Index`; with
+            `can_overflow` its saturated slots (n, m); types (n, m) of the neighbours in the three-body block.
+
+        Returns
+        -------
+        descriptor, shape (n, width), and types, shape (n,)
+        """
+        vectors = [array.to(self.dtype) for array in displacements]
+        own, (neighbors, order, starts, *rest) = tensors[:_N_REPINIT], tensors[_N_REPINIT:]
+        saturated = rest.pop(0) if self.can_overflow else None
+        g1, types = self.repinit((vectors[0],), own, weights)
+        if self.three_body is not None:
+            g1 = torch.cat([g1, self.three_body(types, vectors[2], rest[0], weights)], dim=1)
+        if self._is_transformed:
+            g1 = g1 @ weights["descriptor.g1_shape_tranform.w"]
+        if self.add_type_to_repinit:
+            g1 = g1 + lookup(weights["descriptor.type_shift"], types)
+        index = Index(neighbors.flatten(), order, starts)
+        g1 = self.repformer(g1, types, vectors[1], index, saturated, weights)
+        if self.concat_output_tebd:
+            g1 = torch.cat([g1, lookup(weights["descriptor.type_embedding"], types)], dim=1)
+        return g1, types
+
+
+def _repinit(
+    config: Mapping[str, Any],
+    section: Mapping[str, Any],
+    type_map: Sequence[str],
+    pair_exclude: tuple[tuple[int, int], ...],
+    *,
+    pt: bool,
+    graph: bool,
+) -> DPA1:
+    """Build the first stage: a DPA-1 without attention that keeps its type embedding to itself."""
+    common = ("precision", "exclude_types", "env_protection", "use_econf_tebd", "use_tebd_bias")
+    described = {key: config[key] for key in common if key in config} | dict(section)
+    described |= {
+        "sel": int(required(section, "nsel", "dpa2 repinit")),
+        "attn_layer": 0,
+        "smooth_type_embedding": bool(config.get("smooth", True)),
+        "concat_output_tebd": False,
+    }
+    return DPA1.from_config(
+        described,
+        type_map=type_map,
+        pair_exclude=pair_exclude,
+        pt=pt,
+        graph=graph,
+        block="descriptor.repinit",
+    )
+
+
+def _three_body(section: Mapping[str, Any], repinit: DPA1, smooth: bool) -> ThreeBody:
+    return ThreeBody(
+        n_types=repinit.n_types,
+        sel=int(section["three_body_sel"]),
+        environment=Environment(
+            float(section["three_body_rcut"]),
+            float(section["three_body_rcut_smth"]),
+            repinit.environment.protection,
+        ),
+        neuron=tuple(section["three_body_neuron"]),
+        activation=repinit.pair_network.activation,
+        resnet_dt=repinit.pair_network.resnet_dt,
+        dtype=repinit.dtype,
+        tebd_dim=repinit.type_embedding.width,
+        strip=repinit.pair_network.strip,
+        smooth=smooth,
+    )
+
+
+def _extended(layout: Layout, inputs: GraphInputs, pairs: Pairs, rcut: float) -> tuple[Layout, Tensor]:
+    """Append the padded displacements of a further block; also return its neighbours, shape (n, m).
+
+    Empty slots name the first atom.
+    """
+    padding = Padding.of(torch.bincount(pairs.centers, minlength=inputs.n_atoms))
+    vectors = inputs.displacements[pairs.edges]
+    layout = replace(
+        layout,
+        displacements=(*layout.displacements, padding(vectors, far_away(vectors, rcut))),
+        blocks=(*layout.blocks, Block(padding.slots, pairs.edges)),
+    )
+    return layout, padding(pairs.neighbors, 0)

@@ -1,0 +1,234 @@
+"""DPA-3: repflow layers over atoms, pairs and angles.
+
+Zhang et al., arXiv:2506.01686.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import StructureError
+from ..inputs import GraphInputs, ParameterSpec
+from .environment import TypeEmbedding
+from .gather import Index, lookup
+from .layers import Weights, activation, precision, required
+from .layout import Argument, Block, Layout, Pairs, Selection, ranks
+from .repflow import Repflow, RepflowOptions
+from .repflow_layer import Lists
+
+#: rows of the tables: charges -100 … 99, spins 0 … 99
+_N_CHARGES, _N_SPINS = 200, 100
+#: entries and rows of the members of `Lists`
+_LISTS = (
+    ("edges", "atoms"),
+    ("edges", "atoms"),
+    ("near edges", "edges"),
+    ("near edges", "atoms"),
+    ("angles", "near edges"),
+    ("angles", "near edges"),
+)
+
+
+@dataclass(frozen=True)
+class DPA3:
+    """Descriptor `dpa3`. Its graph arguments are those of `layouts`."""
+
+    type_embedding: TypeEmbedding
+    repflow: Repflow
+    concat_output_tebd: bool
+    charge_spin: bool
+    #: total charge and spin of structures that give none
+    default_chg_spin: tuple[float, float] | None = field(repr=False)
+    selection: Selection = field(repr=False)
+
+    mixed_types = True
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        type_map: Sequence[str],
+        pair_exclude: tuple[tuple[int, int], ...],
+        pt: bool,
+        graph: bool,
+    ) -> DPA3:
+        """Read a descriptor configuration; `graph` is never set, since DPA-3 always truncates."""
+        del graph
+        options = RepflowOptions.from_config(required(config, "repflow", "dpa3"))
+        n_types = len(type_map)
+        dtype = precision(config.get("precision", "default"))
+        default = config.get("default_chg_spin")
+        edges = Selection(
+            n_types,
+            (options.e_sel,),
+            exclude=tuple((a, b) for a, b in config.get("exclude_types") or ()),
+            pair_exclude=pair_exclude,
+            closes_gaps=not pt,
+        )
+        angles = replace(edges, sel=(options.a_sel,), rcut=options.a_rcut)
+        return cls(
+            type_embedding=TypeEmbedding(
+                "descriptor.type_embedding",
+                n_types,
+                options.n_dim,
+                bool(config.get("use_tebd_bias", False)),
+                dtype,
+                tuple(type_map) if config.get("use_econf_tebd", False) else None,
+            ),
+            repflow=Repflow(
+                options,
+                n_types,
+                str(config.get("activation_function", "silu")),
+                float(config.get("env_protection", 0.0)),
+                dtype,
+            ),
+            concat_output_tebd=bool(config.get("concat_output_tebd", False)),
+            charge_spin=bool(config.get("add_chg_spin_ebd", False)),
+            default_chg_spin=None if default is None else (float(default[0]), float(default[1])),
+            selection=replace(edges, inner=(angles,) if options.update_angle else ()),
+        )
+
+    @property
+    def rcut(self) -> float:
+        return self.repflow.options.e_rcut
+
+    @property
+    def width(self) -> int:
+        """Width of the descriptor of one atom."""
+        return self.repflow.options.n_dim * (2 if self.concat_output_tebd else 1)
+
+    def _table(self, name: str, n_rows: int) -> TypeEmbedding:
+        return TypeEmbedding(
+            f"descriptor.{name}", n_rows, self.repflow.options.n_dim, False, self.repflow.dtype
+        )
+
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """Return name -> shape and dtype of every weight."""
+        specs = self.type_embedding.parameters() | self.repflow.parameters()
+        if self.charge_spin:
+            n = self.repflow.options.n_dim
+            specs |= self._table("chg_embedding", _N_CHARGES).parameters()
+            specs |= self._table("spin_embedding", _N_SPINS).parameters()
+            specs["descriptor.mix_cs_mlp.w"] = ParameterSpec((2 * n, n), self.repflow.dtype)
+            specs["descriptor.mix_cs_mlp.b"] = ParameterSpec((n,), self.repflow.dtype)
+        return specs
+
+    def prepare(self, weights: Weights) -> list[dict[str, Tensor]]:
+        """Weights for the graph, in the single group of this descriptor."""
+        prepared = {"descriptor.type_embedding": self.type_embedding.rows(weights)}
+        if self.charge_spin:
+            of_charge, of_spin = weights["descriptor.mix_cs_mlp.w"].chunk(2)
+            charge = self._table("chg_embedding", _N_CHARGES).rows(weights) @ of_charge
+            spin = self._table("spin_embedding", _N_SPINS).rows(weights) @ of_spin
+            prepared["descriptor.charge"] = charge + weights["descriptor.mix_cs_mlp.b"]
+            prepared["descriptor.spin"] = spin
+        return [prepared | self.repflow.prepare(weights)]
+
+    def arguments(self) -> tuple[list[Argument], list[Argument]]:
+        """Displacement arrays and further arguments of the graph; see `__call__`."""
+        index = torch.int64
+        tensors = [Argument(("atoms",), index)]
+        if self.charge_spin:
+            tensors.append(Argument(("atoms", 2), index))
+        for entries, rows in _LISTS:
+            tensors += [Argument((entries,), index), Argument((entries,), index), Argument((rows,), index)]
+        return [Argument(("edges", 3))], tensors
+
+    def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]:
+        """Flat lists of all edges and of all angles, in one call whatever `split`."""
+        lists = [
+            Index.of(pairs.centers, inputs.n_atoms, ascending=True),
+            Index.of(pairs.neighbors, inputs.n_atoms),
+            *_angle_lists(self._near_edges(inputs, pairs), pairs.centers, inputs.n_atoms),
+        ]
+        own = [self._rows_of_tables(inputs)] if self.charge_spin else []
+        return [
+            Layout(
+                group=0,
+                displacements=(inputs.displacements[pairs.edges],),
+                tensors=(inputs.types, *own, *(tensor for index in lists for tensor in index)),
+                blocks=(Block(torch.arange(pairs.edges.shape[0], device=pairs.edges.device), pairs.edges),),
+                atoms=torch.arange(inputs.n_atoms, device=inputs.types.device),
+            )
+        ]
+
+    def _near_edges(self, inputs: GraphInputs, pairs: Pairs) -> Tensor:
+        """Edges that form angles, ascending, shape (n_near,); the angle cutoff itself is outside."""
+        near = torch.zeros_like(inputs.centers, dtype=torch.bool)
+        for nearest in pairs.inner:
+            r = torch.linalg.vector_norm(inputs.displacements[nearest.edges], dim=-1)
+            near[nearest.edges] = r < self.repflow.options.a_rcut
+        return near[pairs.edges].nonzero().squeeze(1)
+
+    def _rows_of_tables(self, inputs: GraphInputs) -> Tensor:
+        """Rows of the charge and the spin table of every atom, shape (n_atoms, 2)."""
+        first = inputs.charge_spin.new_tensor([_N_CHARGES // 2, 0])
+        rows = inputs.charge_spin + first
+        limits = rows.new_tensor([_N_CHARGES, _N_SPINS])
+        bad = ((rows < 0) | (rows >= limits) | (rows != rows.round())).any(dim=1)
+        if bad.any():
+            raise StructureError(
+                f"charge and spin of structure {int(bad.nonzero()[0])} are "
+                f"{inputs.charge_spin[bad][0].tolist()}; the model knows whole charges from "
+                f"{-_N_CHARGES // 2} to {_N_CHARGES // 2 - 1} and whole spins from 0 to {_N_SPINS - 1}"
+            )
+        return rows.to(torch.int64)[inputs.frames]
+
+    def __call__(
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
+    ) -> tuple[Tensor, Tensor]:
+        """Descriptor of every centre.
+
+        Parameters
+        ----------
+        displacements
+            one array, shape (n_edges, 3), Å.
+        tensors
+            types (n,); with charge and spin their rows (n, 2); then the members of `Lists`.
+
+        Returns
+        -------
+        descriptor, shape (n, width), and types, shape (n,)
+        """
+        types, *rest = tensors
+        node = lookup(weights["descriptor.type_embedding"], types)
+        if self.charge_spin:
+            rows = rest.pop(0)
+            charge, spin = (weights[f"descriptor.{name}"] for name in ("charge", "spin"))
+            mixed = lookup(charge, rows[:, 0]) + lookup(spin, rows[:, 1])
+            node = node + activation(self.repflow.activation)(mixed)
+        indices = [Index(*rest[k : k + 3]) for k in range(0, len(rest), 3)]
+        lists = Lists(*indices)
+        features = self.repflow(displacements[0].to(self.repflow.dtype), types, node, lists, weights)
+        return torch.cat([features, node], dim=1) if self.concat_output_tebd else features, types
+
+
+def _angle_lists(near: Tensor, centers: Tensor, n_atoms: int) -> list[Index]:
+    """Last four members of `Lists`, from the edges (n_near,) that form angles and the centres of all edges.
+
+    The angles of one centre with n near edges are a dense block of n x n ordered pairs, first edge slow, so
+    that the transposed order follows without sorting.
+    """
+    near_centers = centers[near]
+    counts = torch.bincount(near_centers, minlength=n_atoms)
+    n_partners = counts[near_centers]
+    starts = torch.cumsum(n_partners, 0) - n_partners
+    n_near = near.shape[0]
+    first = torch.repeat_interleave(torch.arange(n_near, device=near.device), n_partners)
+    rank = ranks(near_centers, n_atoms)
+    partner = torch.arange(first.shape[0], device=near.device) - starts[first]
+    second = (torch.arange(n_near, device=near.device) - rank)[first] + partner
+    transposed = starts[second] + rank[first]
+    order = torch.arange(first.shape[0], device=near.device)
+    return [
+        Index.of(near, centers.shape[0], ascending=True),
+        Index.of(near_centers, n_atoms, ascending=True),
+        Index(first, order, starts),
+        Index(second, transposed, starts),
+    ]

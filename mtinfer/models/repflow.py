@@ -1,0 +1,298 @@
+"""Repflow block of DPA-3: its options, its weights, and the way from displacements to node features.
+
+Zhang et al., arXiv:2506.01686 (DPA-3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from ..inputs import ParameterSpec
+from .environment import statistics_parameters
+from .gather import gather, settled
+from .layers import Weights, activation, safe_norm, switch
+from .repflow_layer import Geometry, Lists, RepflowLayer
+
+BLOCK = "descriptor.repflows"
+_STYLES = ("res_avg", "res_incr", "res_residual")
+_PAIRS = ("node_edge_linear", "edge_self_linear")
+_TRIPLES = ("edge_angle_linear1", "angle_self_linear")
+_ALIASES = {"edge_use_dist": "edge_init_use_dist", "use_env_envelope": "use_exp_switch"}
+
+
+@dataclass(frozen=True)
+class RepflowOptions:
+    """Section `repflow` of a configuration; names and defaults are those of the format."""
+
+    n_dim: int = 128
+    e_dim: int = 64
+    a_dim: int = 64
+    nlayers: int = 6
+    e_rcut: float = 6.0
+    e_rcut_smth: float = 5.0
+    e_sel: int = 120
+    a_rcut: float = 4.0
+    a_rcut_smth: float = 3.5
+    a_sel: int = 20
+    a_compress_rate: int = 0
+    a_compress_e_rate: int = 1
+    a_compress_use_split: bool = False
+    n_multi_edge_message: int = 1
+    axis_neuron: int = 4
+    update_angle: bool = True
+    update_style: str = "res_residual"
+    smooth_edge_update: bool = False
+    edge_init_use_dist: bool = False
+    use_exp_switch: bool = False
+    use_dynamic_sel: bool = False
+    sel_reduce_factor: float = 10.0
+    sequential_update: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read the section; keys without a numerical role are passed over.
+
+        Raises
+        ------
+        UnsupportedModelError
+            For an unknown `update_style`, and for combinations that the format does not define.
+        """
+        config = {_ALIASES.get(key, key): value for key, value in config.items()}
+        options = cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
+        if options.update_style not in _STYLES:
+            raise UnsupportedModelError(
+                f"repflow update_style {options.update_style!r} is unknown; known are {', '.join(_STYLES)}"
+            )
+        if options.use_dynamic_sel and not options.smooth_edge_update:
+            raise UnsupportedModelError("repflow option use_dynamic_sel=true needs smooth_edge_update=true")
+        if options.sequential_update and not (
+            options.update_angle and options.update_style == "res_residual"
+        ):
+            raise UnsupportedModelError(
+                "repflow option sequential_update=true needs update_angle=true and update_style=res_residual"
+            )
+        return options
+
+    @property
+    def n_edge_norm(self) -> float:
+        """Number of neighbours that sums over edges are divided by."""
+        return self.e_sel / (self.sel_reduce_factor if self.use_dynamic_sel else 1.0)
+
+    @property
+    def n_angle_norm(self) -> float:
+        """Number of neighbours that sums over angles are divided by."""
+        return self.a_sel / (self.sel_reduce_factor if self.use_dynamic_sel else 1.0)
+
+    @property
+    def compressed(self) -> tuple[int, int]:
+        """Widths of the node and edge features that enter an angle."""
+        if not self.a_compress_rate:
+            return self.n_dim, self.e_dim
+        return (
+            self.a_dim // self.a_compress_rate,
+            self.a_dim // (2 * self.a_compress_rate) * self.a_compress_e_rate,
+        )
+
+    @property
+    def learns_compression(self) -> bool:
+        """A linear map compresses; otherwise the leading components are taken."""
+        return bool(self.a_compress_rate) and not self.a_compress_use_split
+
+
+@dataclass(frozen=True)
+class Repflow:
+    """All layers, from node and edge lists to the final node features."""
+
+    options: RepflowOptions
+    n_types: int
+    activation: str
+    protection: float
+    dtype: torch.dtype
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights of one layer."""
+        o = self.options
+        pair, n_message = 2 * o.n_dim + o.e_dim, o.n_multi_edge_message
+        shapes: dict[str, tuple[int, ...]] = {
+            "node_self_mlp.w": (o.n_dim, o.n_dim),
+            "node_sym_linear.w": (o.axis_neuron * (o.n_dim + o.e_dim), o.n_dim),
+            "node_edge_linear.w": (pair, n_message * o.n_dim),
+            "edge_self_linear.w": (pair, o.e_dim),
+        }
+        n_residuals = {"n": 2 + n_message, "e": 1, "a": 0}
+        if o.update_angle:
+            n_compressed, e_compressed = o.compressed
+            triple = o.a_dim + n_compressed + 2 * e_compressed
+            shapes["edge_angle_linear1.w"] = (triple, o.e_dim)
+            shapes["edge_angle_linear2.w"] = (o.e_dim, o.e_dim)
+            shapes["angle_self_linear.w"] = (triple, o.a_dim)
+            n_residuals |= {"e": 2, "a": 1}
+        shapes |= {name.replace(".w", ".b"): (shape[1],) for name, shape in shapes.items()}
+        if o.update_angle and o.learns_compression:
+            shapes["a_compress_n_linear.w"] = (o.n_dim, o.compressed[0])
+            shapes["a_compress_e_linear.w"] = (o.e_dim, o.compressed[1])
+        if o.update_style == "res_residual":
+            widths = {"n": o.n_dim, "e": o.e_dim, "a": o.a_dim}
+            for kind, n in n_residuals.items():
+                shapes |= {f"{kind}_residual.{i}": (widths[kind],) for i in range(n)}
+        return shapes
+
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """Return name -> shape and dtype of every weight."""
+        o = self.options
+        specs = {
+            f"{BLOCK}.edge_embd.w": ParameterSpec((1, o.e_dim), self.dtype),
+            f"{BLOCK}.edge_embd.b": ParameterSpec((o.e_dim,), self.dtype),
+            f"{BLOCK}.angle_embd.w": ParameterSpec((1, o.a_dim), self.dtype),
+        }
+        for k in range(o.nlayers):
+            for name, shape in self._shapes().items():
+                specs[f"{BLOCK}.layers.{k}.{name}"] = ParameterSpec(shape, self.dtype)
+        return specs | statistics_parameters(BLOCK, self.n_types, o.e_sel, self.dtype)
+
+    def _updates(self, k: int) -> tuple[bool, bool]:
+        """Whether anything reads the edges, and the angles, that layer `k` makes."""
+        o = self.options
+        if o.sequential_update:
+            return True, True
+        return k < o.nlayers - 1, o.update_angle and k < o.nlayers - 2
+
+    def prepare(self, weights: Weights) -> dict[str, Tensor]:
+        """Weights for the graph: linear maps taken apart, what no layer reads left out."""
+        embedding = weights[f"{BLOCK}.angle_embd.w"]
+        prepared = {
+            f"{BLOCK}.mean": weights[f"{BLOCK}.mean"][:, 0],
+            f"{BLOCK}.stddev": weights[f"{BLOCK}.stddev"][:, 0],
+            f"{BLOCK}.edge_embd.w": weights[f"{BLOCK}.edge_embd.w"],
+            f"{BLOCK}.edge_embd.b": weights[f"{BLOCK}.edge_embd.b"],
+        }
+        if self._updates(0)[1]:
+            prepared[f"{BLOCK}.angle_embd.w"] = embedding
+        for k in range(self.options.nlayers):
+            layer = f"{BLOCK}.layers.{k}."
+            own = {name.removeprefix(layer): w for name, w in weights.items() if name.startswith(layer)}
+            prepared |= {layer + name: w for name, w in self._prepare_layer(k, own, embedding).items()}
+        return prepared
+
+    def _prepare_layer(self, k: int, own: Weights, embedding: Tensor) -> dict[str, Tensor]:
+        has_angles = self.options.update_angle
+        updates_edges, updates_angles = self._updates(k)
+        used = {"node_self_mlp", "node_sym_linear", "node_edge_linear", "n_residual"}
+        if updates_edges:
+            used |= {"edge_self_linear", "e_residual"}
+        if updates_edges and has_angles:
+            used |= {"edge_angle_linear1", "edge_angle_linear2"}
+        if updates_angles:
+            used |= {"angle_self_linear", "a_residual"}
+        as_they_are = used.difference(_PAIRS, _TRIPLES)
+        prepared = {name: w for name, w in own.items() if name.split(".")[0] in as_they_are}
+        for name in used.intersection(_PAIRS):
+            prepared |= self._take_pair_apart(name, own)
+        for name in used.intersection(_TRIPLES):
+            # layer 0 reads the cosine in place of the angles, which are multiples of one vector
+            of_cosine = k == 0 and not (self.options.sequential_update and name == "edge_angle_linear1")
+            prepared |= self._take_triple_apart(name, own, embedding if of_cosine else None)
+        return prepared
+
+    def _take_pair_apart(self, name: str, own: Weights) -> dict[str, Tensor]:
+        o = self.options
+        of_i, of_j, of_edge = torch.split(own[f"{name}.w"], [o.n_dim, o.n_dim, o.e_dim])
+        return {
+            f"{name}.edge": of_edge,
+            f"{name}.nodes": torch.cat([of_i, of_j], dim=1),
+            f"{name}.b": _beside_zeros(own[f"{name}.b"]),
+        }
+
+    def _take_triple_apart(self, name: str, own: Weights, embedding: Tensor | None) -> dict[str, Tensor]:
+        o = self.options
+        n_compressed, e_compressed = o.compressed
+        sizes = [o.a_dim, n_compressed, e_compressed, e_compressed]
+        of_angle, of_node, of_second, of_first = torch.split(own[f"{name}.w"], sizes)
+        if o.learns_compression:
+            of_node = own["a_compress_n_linear.w"] @ of_node
+            of_first, of_second = (own["a_compress_e_linear.w"] @ w for w in (of_first, of_second))
+        of_edges = torch.cat([of_first, of_second], dim=1)
+        return {
+            f"{name}.angle": of_angle if embedding is None else embedding @ of_angle,
+            # components that compression leaves out meet zeros
+            f"{name}.node": _beside_zeros(_above_zeros(of_node, o.n_dim)),
+            f"{name}.edges": _above_zeros(of_edges, o.e_dim),
+            f"{name}.b": _beside_zeros(own[f"{name}.b"]),
+        }
+
+    def __call__(
+        self, displacements: Tensor, types: Tensor, node: Tensor, lists: Lists, weights: Weights
+    ) -> Tensor:
+        """Node features after the last layer.
+
+        Parameters
+        ----------
+        displacements
+            shape (n_edges, 3), Å.
+        types
+            shape (n_atoms,).
+        node
+            shape (n_atoms, n_dim), before the first activation.
+
+        Returns
+        -------
+        shape (n_atoms, n_dim)
+        """
+        act = activation(self.activation)
+        node = act(node)
+        geometry, edge = self._geometry(displacements, types, lists, weights)
+        angle = geometry.cosine
+        for k in range(self.options.nlayers):
+            prefix = f"{BLOCK}.layers.{k}."
+            own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+            layer = RepflowLayer(self.options, act, lists, geometry, own, *self._updates(k))
+            old = angle * weights[f"{BLOCK}.angle_embd.w"] if k == 0 and layer.updates_angles else angle
+            node, edge, angle = layer(node, edge, angle, old)
+        return node
+
+    def _geometry(
+        self, displacements: Tensor, types: Tensor, lists: Lists, weights: Weights
+    ) -> tuple[Geometry, Tensor]:
+        """Geometry and initial edge features (n_edges, e_dim)."""
+        o = self.options
+        r = safe_norm(displacements)
+        w = self._switch(r, o.e_rcut_smth, o.e_rcut)
+        mean, stddev = (
+            weights[f"{BLOCK}.{name}"][types].index_select(0, lists.centers.rows)
+            for name in ("mean", "stddev")
+        )
+        inverse = 1.0 / (r + self.protection)
+        vectors = (displacements * (inverse * inverse * w) - mean[:, 1:]) / stddev[:, 1:]
+        edge = r if o.edge_init_use_dist else (inverse * w - mean[:, :1]) / stddev[:, :1]
+        edge = edge * weights[f"{BLOCK}.edge_embd.w"] + weights[f"{BLOCK}.edge_embd.b"]
+        if not o.edge_init_use_dist:
+            edge = activation(self.activation)(edge)
+        w, vectors = w / o.n_edge_norm, vectors * (w * o.n_edge_norm**-0.5)
+        if not o.update_angle:
+            return Geometry(w, vectors, w, w, w), edge
+        near = settled(gather(torch.cat([displacements / (r + 1e-6), r], dim=1), lists.near))
+        unit, r = torch.split(near, [3, 1], dim=1)
+        cosine = (gather(unit, lists.first) * gather(unit, lists.second)).sum(1, keepdim=True)
+        cosine = cosine * ((1.0 - 1e-6) / math.sqrt(math.pi))
+        v = settled(self._switch(r, o.a_rcut_smth, o.a_rcut))
+        return Geometry(w, vectors, v * o.n_angle_norm**-0.5, gather(v, lists.second), cosine), edge
+
+    def _switch(self, r: Tensor, rcut_smth: float, rcut: float) -> Tensor:
+        if not self.options.use_exp_switch:
+            return switch(r, rcut_smth, rcut)
+        return torch.exp(-torch.exp((torch.clamp(r, max=rcut) - rcut_smth) * (20.0 / rcut_smth)))
+
+
+def _beside_zeros(w: Tensor) -> Tensor:
+    return torch.cat([w, torch.zeros_like(w)], dim=-1)
+
+
+def _above_zeros(w: Tensor, n_rows: int) -> Tensor:
+    return torch.cat([w, w.new_zeros(n_rows - w.shape[0], w.shape[1])])

@@ -1,0 +1,168 @@
+"""One repflow layer of DPA-3: message passing over nodes, edges and angles, all kept as flat lists.
+
+Zhang et al., arXiv:2506.01686 (DPA-3).
+
+A linear map of [node_i, node_j, edge_ij], or of [angle, node_i, edge_ik, edge_ij], is the sum of maps of its
+parts. Each part is multiplied out on its own list, before it is gathered to the longer one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gather import Index, gather, moment, segment_sum
+from .layers import Weights
+
+if TYPE_CHECKING:
+    from .repflow import RepflowOptions
+
+
+class Lists(NamedTuple):
+    """Topology: who is next to whom. The last four are empty in models without angles."""
+
+    #: edge -> its centre and its neighbour, among the atoms
+    centers: Index
+    neighbors: Index
+    #: edge that is part of angles ("near") -> its place among the edges, and its centre
+    near: Index
+    near_centers: Index
+    #: angle (j, k) -> near edges ij, which it updates, and ik
+    first: Index
+    second: Index
+
+
+class Geometry(NamedTuple):
+    """What the layers need to know of distances and directions."""
+
+    #: (n_edges, 1), switch of the edges over the number of neighbours
+    w: Tensor
+    #: (n_edges, 3), vector part of the environment rows, times the switch over sqrt(number of neighbours)
+    vectors: Tensor
+    #: (n_near, 1), switch of the angles over sqrt(number of neighbours)
+    v: Tensor
+    #: (n_angles, 1), switch of the second edge
+    v_second: Tensor
+    #: (n_angles, 1), cosine over sqrt(π)
+    cosine: Tensor
+
+
+@dataclass(frozen=True)
+class RepflowLayer:
+    """One layer, on its own weights as `Repflow.prepare` makes them (names without the prefix)."""
+
+    options: RepflowOptions
+    act: Callable[[Tensor], Tensor]
+    lists: Lists
+    geometry: Geometry
+    weights: Weights
+    updates_edges: bool
+    updates_angles: bool
+
+    def __call__(
+        self, node: Tensor, edge: Tensor, angle: Tensor, old_angle: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """New node, edge and angle features, all from the old ones unless `sequential_update`.
+
+        Parameters
+        ----------
+        node, edge
+            shape (n_atoms, n_dim), (n_edges, e_dim).
+        angle, old_angle
+            shape (n_angles, a_dim); in layer 0 `angle` is the cosine alone, shape (n_angles, 1).
+        """
+        if self.options.sequential_update:
+            edge = self._step("e", 0, edge, self._of_pair("edge_self_linear", node, edge))
+            angle = self._step("a", 0, old_angle, self._of_triple("angle_self_linear", node, edge, angle))
+            edge = self._step("e", 1, edge, self._angle_message(node, edge, angle))
+            return self._update("n", node, self._node_terms(node, edge)), edge, angle
+        new_edge, new_angle = edge, angle
+        if self.updates_edges:
+            terms = [self._of_pair("edge_self_linear", node, edge)]
+            if self.options.update_angle:
+                terms.append(self._angle_message(node, edge, angle))
+            new_edge = self._update("e", edge, terms)
+        if self.updates_angles:
+            term = self._of_triple("angle_self_linear", node, edge, angle)
+            new_angle = self._update("a", old_angle, [term])
+        return self._update("n", node, self._node_terms(node, edge)), new_edge, new_angle
+
+    def _update(self, kind: str, old: Tensor, terms: Sequence[Tensor]) -> Tensor:
+        style, new = self.options.update_style, old
+        for i, term in enumerate(terms):
+            if style == "res_residual":
+                new = self._step(kind, i, new, term)
+            else:
+                new = new + (term / math.sqrt(len(terms)) if style == "res_incr" else term)
+        return new / math.sqrt(len(terms) + 1) if style == "res_avg" else new
+
+    def _step(self, kind: str, i: int, old: Tensor, term: Tensor) -> Tensor:
+        return old + term * self.weights[f"{kind}_residual.{i}"]
+
+    def _node_terms(self, node: Tensor, edge: Tensor) -> list[Tensor]:
+        messages = self._of_pair("node_edge_linear", node, edge)
+        messages = moment(self.geometry.w, messages, self.lists.centers).squeeze(1)
+        return [
+            self.act(self._affine("node_self_mlp", node)),
+            self.act(self._affine("node_sym_linear", self._symmetrised(node, edge))),
+            *torch.split(messages, self.options.n_dim, dim=1),
+        ]
+
+    def _symmetrised(self, node: Tensor, edge: Tensor) -> Tensor:
+        """Rotation-invariant moments of the edges and of the neighbours' nodes, edges first."""
+        features = []
+        for q, source in ((edge, None), (node, self.lists.neighbors)):
+            sums = moment(self.geometry.vectors, q, self.lists.centers, source)
+            leading = sums[:, :, : self.options.axis_neuron] / 3.0
+            features.append((leading.transpose(1, 2) @ sums).flatten(1))
+        return torch.cat(features, dim=1)
+
+    def _angle_message(self, node: Tensor, edge: Tensor, angle: Tensor) -> Tensor:
+        """Sum over the angles of each edge, through a second linear map, shape (n_edges, e_dim)."""
+        near, v = self.lists.near, self.geometry.v
+        message = self._of_triple("edge_angle_linear1", node, edge, angle)
+        message = moment(self.geometry.v_second, message, self.lists.first).squeeze(1) * v
+        if self.options.smooth_edge_update:
+            message = segment_sum(message @ self.weights["edge_angle_linear2.w"], near)
+            return self.act(message + self.weights["edge_angle_linear2.b"])
+        # edges without angles stand in for their own message
+        outside = 1.0 - segment_sum(torch.ones_like(v), near)
+        return self.act(self._affine("edge_angle_linear2", segment_sum(message, near) + edge * outside))
+
+    def _affine(self, name: str, x: Tensor) -> Tensor:
+        return torch.addmm(self.weights[f"{name}.b"], x, self.weights[f"{name}.w"])
+
+    def _of_pair(self, name: str, node: Tensor, edge: Tensor) -> Tensor:
+        """Activated linear map of [node_i, node_j, edge_ij], shape (n_edges, out)."""
+        table = torch.addmm(self.weights[f"{name}.b"], node, self.weights[f"{name}.nodes"])
+        own = _product(edge, self.weights[f"{name}.edge"])
+        return self._activated(own, table, self.lists.centers, self.lists.neighbors)
+
+    def _of_triple(self, name: str, node: Tensor, edge: Tensor, angle: Tensor) -> Tensor:
+        """Activated linear map of [angle_jk, node_i, edge_ik, edge_ij], shape (n_angles, out)."""
+        lists, weights = self.lists, self.weights
+        of_node = torch.addmm(weights[f"{name}.b"], node, weights[f"{name}.node"])
+        of_node = gather(of_node, lists.near_centers)
+        table = torch.addmm(of_node, gather(edge, lists.near), weights[f"{name}.edges"])
+        w = weights[f"{name}.angle"]
+        own = angle * w if w.shape[0] == 1 else _product(angle, w)
+        return self._activated(own, table, lists.first, lists.second)
+
+    def _activated(self, own: Tensor, table: Tensor, first: Index, second: Index) -> Tensor:
+        """Add to each entry the left half of its first row of `table` and the right half of its second."""
+        left, right = torch.chunk(table, 2, dim=1)
+        return self.act(own + gather(left, first) + gather(right, second))
+
+
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    """x @ w as a batch of one.
+
+    Inductor merges a plain product and a sum that follows it into `addmm`, for which it writes out the other
+    operand of the sum (torch 2.13).
+    """
+    return torch.bmm(x.unsqueeze(0), w.unsqueeze(0)).squeeze(0)

@@ -1,0 +1,418 @@
+"""Repformer layers of DPA-2: message passing over node features g1, edge features g2 and directions h2.
+
+Zhang et al., npj Comput. Mater. 10, 293 (2024), arXiv:2312.15492, SI.
+
+Every linear map that upstream applies to gathered node features is contracted the other way round here:
+the sum over neighbours comes first and the map acts on its result, or the map acts on the node before it is
+gathered. The products of maps that this leaves are made in `Repformer.prepare`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from ..inputs import ParameterSpec
+from .environment import Environment, statistics, statistics_parameters
+from .fading_softmax import SHIFT, fading_softmax, saturated_slots, slot_occupancy
+from .gather import Index, gather, settled
+from .layers import Weights, activation, required, row_sum, safe_norm, switch
+
+_BLOCK = "descriptor.repformers"
+_STYLES = ("res_avg", "res_incr", "res_residual")
+
+
+@dataclass(frozen=True)
+class RepformerOptions:
+    """Section `repformer` of a configuration; names and defaults are those of the format."""
+
+    rcut: float
+    rcut_smth: float
+    nsel: int
+    nlayers: int = 3
+    g1_dim: int = 128
+    g2_dim: int = 16
+    axis_neuron: int = 4
+    direct_dist: bool = False
+    update_h2: bool = False
+    update_g1_has_conv: bool = True
+    update_g1_has_drrd: bool = True
+    update_g1_has_grrg: bool = True
+    update_g1_has_attn: bool = True
+    update_g2_has_g1g1: bool = True
+    update_g2_has_attn: bool = True
+    attn1_hidden: int = 64
+    attn1_nhead: int = 4
+    attn2_hidden: int = 16
+    attn2_nhead: int = 4
+    attn2_has_gate: bool = False
+    activation_function: str = "tanh"
+    update_style: str = "res_avg"
+    use_sqrt_nnei: bool = True
+    g1_out_conv: bool = True
+    g1_out_mlp: bool = True
+    ln_eps: float | None = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read the section; keys without a numerical role are passed over.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If a required key is missing or `update_style` is unknown.
+        """
+        given = {
+            f.name: required(config, f.name, "repformer") if f.default is MISSING else config[f.name]
+            for f in fields(cls)
+            if f.name in config or f.default is MISSING
+        }
+        options = cls(**given)
+        if options.update_style not in _STYLES:
+            raise UnsupportedModelError(
+                f"repformer update_style {options.update_style!r} is unknown; known are {', '.join(_STYLES)}"
+            )
+        return options
+
+
+@dataclass(frozen=True)
+class _Edges:
+    """What all layers know of the neighbour slots of each centre; n centres, m slots."""
+
+    #: atom in each of the n·m slots
+    neighbors: Index
+    #: (n, m, 1), 1 where a slot holds a neighbour
+    mask: Tensor
+    #: (n, m, 1), weight of a slot in a sum: the switch, or `mask` where the model is not smooth
+    weight: Tensor
+    #: (n, 1, 1) or a number: factor on moments, and on means
+    per_moment: Tensor | float
+    per_neighbor: Tensor | float
+    #: (n, 1, m), share of a slot that each neighbour takes; None where no centre has too many neighbours
+    occupancy: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """What the edge attention knows of pairs of slots: factors and offset of logits, factor of the result.
+
+    Shape (n, m, 1, m) each; without a gate or a switch some are unused or a mere mask.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    result: Tensor
+
+
+@dataclass(frozen=True)
+class Repformer:
+    """All repformer layers of one model."""
+
+    options: RepformerOptions
+    n_types: int
+    environment: Environment
+    smooth: bool
+    dtype: torch.dtype
+
+    # ---- weights -------------------------------------------------------------------------------------
+
+    def _edge_updates(self, k: int) -> bool:
+        """The last layer leaves the edges alone: nothing reads them any more."""
+        return k < self.options.nlayers - 1
+
+    @property
+    def _edge_attention(self) -> bool:
+        return self.options.update_g2_has_attn or self.options.update_h2
+
+    def _layer_shapes(self, k: int) -> dict[str, tuple[int, ...]]:
+        o = self.options
+        d1, d2, nh1, nh2 = o.g1_dim, o.g2_dim, o.attn1_nhead, o.attn2_nhead
+        edges = self._edge_updates(k)
+        width = o.axis_neuron * (d2 * o.update_g1_has_grrg + d1 * o.update_g1_has_drrd)
+        width += d1 * (not o.g1_out_mlp) + d2 * (o.update_g1_has_conv and not o.g1_out_conv)
+        out_conv = o.update_g1_has_conv and o.g1_out_conv
+        n_g1 = 1 + o.g1_out_mlp + out_conv + o.update_g1_has_attn
+        n_g2 = 1 + o.update_g2_has_g1g1 + o.update_g2_has_attn
+        residual = o.update_style == "res_residual"
+        table: list[tuple[bool, str, tuple[int, ...], bool]] = [
+            # present, name, shape of w, has a bias
+            (True, "linear1", (width, d1), True),
+            (o.g1_out_mlp, "g1_self_mlp", (d1, d1), True),
+            (o.update_g1_has_conv, "proj_g1g2", (d2, d1) if o.g1_out_conv else (d1, d2), False),
+            (o.update_g1_has_attn, "loc_attn.mapq", (d1, o.attn1_hidden * nh1), False),
+            (o.update_g1_has_attn, "loc_attn.mapkv", (d1, (o.attn1_hidden + d1) * nh1), False),
+            (o.update_g1_has_attn, "loc_attn.head_map", (d1 * nh1, d1), True),
+            (edges, "linear2", (d2, d2), True),
+            (edges and o.update_g2_has_g1g1, "proj_g1g1g2", (d1, d2), False),
+            (edges and self._edge_attention, "attn2g_map.mapqk", (d2, 2 * o.attn2_hidden * nh2), False),
+            (edges and o.update_g2_has_attn, "attn2_mh_apply.mapv", (d2, d2 * nh2), False),
+            (edges and o.update_g2_has_attn, "attn2_mh_apply.head_map", (d2 * nh2, d2), True),
+            (edges and o.update_h2, "attn2_ev_apply.head_map", (nh2, 1), False),
+        ]
+        shapes: dict[str, tuple[int, ...]] = {}
+        for present, name, shape, bias in table:
+            if present:
+                shapes[f"{name}.w"] = shape
+                if bias:
+                    shapes[f"{name}.b"] = shape[1:]
+        if edges and o.update_g2_has_attn:
+            shapes |= {"attn2_lm.w": (d2,), "attn2_lm.b": (d2,)}
+        if residual:
+            counts = [("g1", n_g1, d1), ("g2", n_g2 * edges, d2), ("h2", o.update_h2 * edges, 1)]
+            shapes |= {f"{name}_residual.{i}": (d,) for name, n, d in counts for i in range(n)}
+        return shapes
+
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """Return name -> shape and dtype of every weight."""
+        shapes = {
+            f"{_BLOCK}.g2_embd.w": (1, self.options.g2_dim),
+            f"{_BLOCK}.g2_embd.b": (self.options.g2_dim,),
+        }
+        for k in range(self.options.nlayers):
+            shapes |= {f"{_BLOCK}.layers.{k}.{name}": s for name, s in self._layer_shapes(k).items()}
+        specs = {name: ParameterSpec(shape, self.dtype) for name, shape in shapes.items()}
+        return specs | statistics_parameters(_BLOCK, self.n_types, self.options.nsel, self.dtype)
+
+    def prepare(self, weights: Weights) -> dict[str, Tensor]:
+        """Weights for the graph, products of maps multiplied out."""
+        mean, stddev = statistics(weights, _BLOCK)
+        prepared = {f"{_BLOCK}.mean": mean, f"{_BLOCK}.stddev": stddev}
+        prepared |= {f"{_BLOCK}.g2_embd.{leaf}": weights[f"{_BLOCK}.g2_embd.{leaf}"] for leaf in "wb"}
+        for k in range(self.options.nlayers):
+            layer = f"{_BLOCK}.layers.{k}"
+            own = {name: weights[f"{layer}.{name}"] for name in self._layer_shapes(k)}
+            prepared |= {f"{layer}.{name}": tensor for name, tensor in self._multiplied_out(own).items()}
+        return prepared
+
+    def _multiplied_out(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Replace the maps of both attentions by products: query with key, value with output.
+
+        With rows x_m of one kind, x_m Wq (x_n Wk)ᵀ = x_m (Wq Wkᵀ) x_nᵀ, and Σ_n A_mn (x_n Wv) Wo =
+        (Σ_n A_mn x_n) (Wv Wo), head by head. Maps hold the head index fastest, but the head map of the
+        local attention holds it slowest.
+        """
+        o = self.options
+        own = dict(own)
+        if "attn2g_map.mapqk.w" in own:
+            qk = own.pop("attn2g_map.mapqk.w").unflatten(1, (o.attn2_hidden, 2 * o.attn2_nhead))
+            q, k = qk.split(o.attn2_nhead, dim=2)
+            own["attn2.qk"] = torch.einsum("iah,jah->ihj", q, k).flatten(1) / math.sqrt(o.attn2_hidden)
+        if "attn2_mh_apply.mapv.w" in own:
+            v = own.pop("attn2_mh_apply.mapv.w").unflatten(1, (o.g2_dim, o.attn2_nhead))
+            out = own.pop("attn2_mh_apply.head_map.w").unflatten(0, (o.g2_dim, o.attn2_nhead))
+            # the layer norm that follows subtracts the mean over features, which is linear, too
+            vo, b = torch.einsum("ich,chj->hij", v, out).flatten(0, 1), own.pop("attn2_mh_apply.head_map.b")
+            own["attn2.vo"], own["attn2.b"] = vo - vo.mean(1, keepdim=True), b - b.mean()
+        if "loc_attn.mapq.w" in own:
+            q = own.pop("loc_attn.mapq.w").unflatten(1, (o.attn1_hidden, o.attn1_nhead))
+            kv = own.pop("loc_attn.mapkv.w").unflatten(1, (o.attn1_hidden + o.g1_dim, o.attn1_nhead))
+            k, v = kv.split([o.attn1_hidden, o.g1_dim], dim=1)
+            out = own.pop("loc_attn.head_map.w").unflatten(0, (o.attn1_nhead, o.g1_dim))
+            own["loc_attn.qk"] = torch.einsum("iah,jah->ihj", q, k).flatten(1) / math.sqrt(o.attn1_hidden)
+            own["loc_attn.vo"] = torch.einsum("ich,hcj->hij", v, out).flatten(0, 1)
+        return own
+
+    # ---- mathematics ---------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        g1: Tensor,
+        types: Tensor,
+        displacements: Tensor,
+        neighbors: Index,
+        saturated: Tensor | None,
+        weights: Weights,
+    ) -> Tensor:
+        """Node features after all layers.
+
+        Parameters
+        ----------
+        g1
+            shape (n, g1_dim), node features before the first activation.
+        types
+            shape (n,).
+        displacements
+            shape (n, m, 3), Å; empty slots as `layout.far_away` makes them.
+        neighbors
+            the atom in each of the n·m slots, any atom in an empty one.
+        saturated
+            shape (n, m), as `saturated_slots` makes it; None where no centre has too many neighbours.
+
+        Returns
+        -------
+        shape (n, g1_dim)
+        """
+        o = self.options
+        act = activation(o.activation_function)
+        rows, w, mask = self.environment.rows(
+            displacements,
+            weights[f"{_BLOCK}.mean"][types].unsqueeze(1),
+            weights[f"{_BLOCK}.stddev"][types].unsqueeze(1),
+        )
+        rows, w = settled(rows), settled(w)
+        if o.direct_dist:
+            scaled = displacements * (mask / o.rcut)
+            distance, h2 = safe_norm(scaled), scaled
+        else:
+            distance, h2 = rows[..., :1], rows[..., 1:]
+        edges = self._edges(w, mask, neighbors, saturated)
+        g1 = act(g1)
+        g2 = act(distance * weights[f"{_BLOCK}.g2_embd.w"][0] + weights[f"{_BLOCK}.g2_embd.b"])
+        pairs = None
+        for k in range(o.nlayers):
+            if self._edge_attention and self._edge_updates(k) and (pairs is None or o.update_h2):
+                pairs = self._pairs(h2, edges)
+            g1, g2, h2 = self._layer(k, g1, g2, h2, edges, pairs, weights)
+        return g1
+
+    def saturated(self, displacements: Tensor) -> Tensor:
+        """`saturated_slots` of padded displacements, shape (n, m, 3) -> (n, m)."""
+        r = torch.linalg.vector_norm(displacements, dim=-1)
+        return saturated_slots(switch(r, self.options.rcut_smth, self.options.rcut), self.options.nsel)
+
+    def _edges(self, w: Tensor, mask: Tensor, neighbors: Index, saturated: Tensor | None) -> _Edges:
+        o = self.options
+        occupancy = None
+        if saturated is not None:
+            occupancy = slot_occupancy(w.squeeze(2), saturated, o.nsel).unsqueeze(1)
+        if self.smooth:
+            per_moment = o.nsel**-0.5 if o.use_sqrt_nnei else 1.0 / o.nsel
+            return _Edges(neighbors, mask, w, per_moment, 1.0 / o.nsel, occupancy)
+        count = mask.sum(1, keepdim=True)
+        per_neighbor = 1.0 / (1e-4 + count)
+        per_moment = 1.0 / (1e-4 + torch.sqrt(count)) if o.use_sqrt_nnei else per_neighbor
+        return _Edges(neighbors, mask, mask, per_moment, per_neighbor, occupancy)
+
+    def _layer(
+        self,
+        k: int,
+        g1: Tensor,
+        g2: Tensor,
+        h2: Tensor,
+        edges: _Edges,
+        pairs: _Pairs | None,
+        weights: Weights,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        prefix = f"{_BLOCK}.layers.{k}."
+        own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        g1_j = gather(g1, edges.neighbors).unflatten(0, edges.mask.shape[:2])
+        new_g1 = self._update("g1", g1, self._g1_terms(g1, g1_j, g2, h2, edges, own), own)
+        if not self._edge_updates(k):
+            return new_g1, g2, h2
+        g2_terms, h2_terms = self._edge_terms(g1, g1_j, g2, h2, edges, pairs, own)
+        return new_g1, self._update("g2", g2, g2_terms, own), self._update("h2", h2, h2_terms, own)
+
+    def _update(self, name: str, old: Tensor, terms: Sequence[Tensor], own: Weights) -> Tensor:
+        style = self.options.update_style
+        new = old
+        for i, term in enumerate(terms):
+            if style == "res_residual":
+                term = term * own[f"{name}_residual.{i}"]
+            elif style == "res_incr":
+                term = term / math.sqrt(len(terms))
+            new = new + term
+        return new / math.sqrt(len(terms) + 1) if style == "res_avg" else new
+
+    def _g1_terms(
+        self, g1: Tensor, g1_j: Tensor, g2: Tensor, h2: Tensor, edges: _Edges, own: Weights
+    ) -> list[Tensor]:
+        o = self.options
+        act = activation(o.activation_function)
+        terms, inputs = [], []
+        (terms if o.g1_out_mlp else inputs).append(
+            act(g1 @ own["g1_self_mlp.w"] + own["g1_self_mlp.b"]) if o.g1_out_mlp else g1
+        )
+        # every sum over neighbours of g1_j times something of the edge, in one product
+        left = h2 * (edges.weight * edges.per_moment)
+        if o.update_g1_has_conv:
+            left = torch.cat([left, g2 * (edges.weight * edges.per_neighbor)], dim=2)
+        sums = left.transpose(1, 2) @ g1_j
+        if o.update_g1_has_conv:
+            if o.g1_out_conv:
+                terms.append((sums[:, 3:] * own["proj_g1g2.w"]).sum(1))
+            else:
+                inputs.append((sums[:, 3:] * own["proj_g1g2.w"].T).sum(2))
+        if o.update_g1_has_grrg:
+            inputs.append(self._symmetrised(left[..., :3].transpose(1, 2) @ g2))
+        if o.update_g1_has_drrd:
+            inputs.append(self._symmetrised(sums[:, :3]))
+        terms.append(act(torch.cat(inputs, dim=1) @ own["linear1.w"] + own["linear1.b"]))
+        if o.update_g1_has_attn:
+            terms.append(self._local_attention(g1, g1_j, edges, own))
+        return terms
+
+    def _symmetrised(self, moment: Tensor) -> Tensor:
+        """Invariants of a moment, shape (n, 3, c) -> (n, axis·c), c fastest."""
+        return (moment[:, :, : self.options.axis_neuron].transpose(1, 2) @ moment).flatten(1) / 3.0
+
+    def _local_attention(self, g1: Tensor, g1_j: Tensor, edges: _Edges, own: Weights) -> Tensor:
+        o = self.options
+        query = (g1 @ own["loc_attn.qk"]).unflatten(1, (o.attn1_nhead, o.g1_dim))
+        logits = query @ g1_j.transpose(1, 2)
+        weight = edges.weight.transpose(1, 2)
+        if self.smooth:
+            attention = fading_softmax((logits + SHIFT) * weight, o.nsel, edges.occupancy) * weight
+        else:
+            attention = _masked_softmax(logits, weight)
+        return (attention @ g1_j).flatten(1) @ own["loc_attn.vo"] + own["loc_attn.head_map.b"]
+
+    def _edge_terms(
+        self,
+        g1: Tensor,
+        g1_j: Tensor,
+        g2: Tensor,
+        h2: Tensor,
+        edges: _Edges,
+        pairs: _Pairs | None,
+        own: Weights,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        o = self.options
+        act = activation(o.activation_function)
+        g2_terms, h2_terms = [act(g2 @ own["linear2.w"] + own["linear2.b"])], []
+        if o.update_g2_has_g1g1:
+            g2_terms.append((g1_j @ (g1.unsqueeze(2) * own["proj_g1g1g2.w"])) * edges.weight)
+        if pairs is not None:
+            attention = self._edge_weights(g2, pairs, edges, own)
+            if o.update_g2_has_attn:
+                mixed = (attention.flatten(1, 2) @ g2).unflatten(1, attention.shape[1:3]).flatten(2)
+                centred = mixed @ own["attn2.vo"] + own["attn2.b"]
+                variance = row_sum(centred * centred) / o.g2_dim
+                normed = centred * torch.rsqrt(variance + (o.ln_eps or 1e-5))
+                g2_terms.append(normed * own["attn2_lm.w"] + own["attn2_lm.b"])
+            if o.update_h2:
+                h2_terms.append((attention * own["attn2_ev_apply.head_map.w"]).sum(2) @ h2)
+        return g2_terms, h2_terms
+
+    def _edge_weights(self, g2: Tensor, pairs: _Pairs, edges: _Edges, own: Weights) -> Tensor:
+        """Attention of every slot to every slot of the same centre, shape (n, m, n_head, m)."""
+        o = self.options
+        query = (g2 @ own["attn2.qk"]).unflatten(2, (o.attn2_nhead, o.g2_dim))
+        logits = (query.flatten(1, 2) @ g2.transpose(1, 2)).unflatten(1, query.shape[1:3])
+        if self.smooth:
+            occupancy = None if edges.occupancy is None else edges.occupancy.unsqueeze(1)
+            attention = fading_softmax(logits * pairs.scale + pairs.shift, o.nsel, occupancy)
+        else:
+            attention = _masked_softmax(logits * pairs.scale if o.attn2_has_gate else logits, pairs.shift)
+        return attention * pairs.result
+
+    def _pairs(self, h2: Tensor, edges: _Edges) -> _Pairs:
+        products = (h2 * edges.weight, edges.weight)
+        gate, weight = (settled((x @ x.transpose(1, 2)).unsqueeze(2)) for x in products)
+        scale = gate if self.options.attn2_has_gate else weight
+        shift = SHIFT * weight if self.smooth else weight
+        return _Pairs(scale, shift, gate / math.sqrt(3.0))
+
+
+def _masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the entries of the last axis where `mask` is 1, zero elsewhere."""
+    logits = torch.where(mask > 0, logits, -torch.inf)
+    peak = torch.clamp(logits.amax(-1, keepdim=True), min=torch.finfo(logits.dtype).min).detach()
+    share = torch.exp(logits - peak)
+    total = row_sum(share)
+    return share / torch.where(total > 0, total, 1.0)
