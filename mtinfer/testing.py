@@ -1,0 +1,605 @@
+"""Checks that any head of a potential must pass, and checkpoints with random weights.
+
+`check_conformance` runs every check of `CONFORMANCE` on one head; each check is also usable by itself. They
+build small structures from the elements of the head, need no reference numbers, and raise `AssertionError`
+with the largest deviation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import ase
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+from numpy.typing import ArrayLike, NDArray
+
+from .checkpoint.records import HeadRecord
+from .checkpoint.writer import training_content, write_content
+from .errors import MtinferError, StructureError, UnknownHeadError
+from .graph import SharedGraph
+from .inputs import GraphInputs, ParameterSpec, Prediction
+from .models import EnergyModel
+from .models.layout import Selection
+from .neighbors import find_candidates
+from .potential import HeadState, Potential, PredictionWarning
+
+__all__ = [
+    "CONFORMANCE",
+    "DERIVATIVE_CHECKS",
+    "TOLERANCES",
+    "Tolerance",
+    "check_batch",
+    "check_compiled_equals_eager",
+    "check_conformance",
+    "check_errors",
+    "check_forces",
+    "check_head_swap",
+    "check_inputs_unmodified",
+    "check_lattice_translation",
+    "check_mixed_periodicity",
+    "check_no_neighbors",
+    "check_permutation",
+    "check_rotation",
+    "check_single_atom",
+    "check_supercell",
+    "check_virial",
+    "example_structure",
+    "precision",
+    "write_random_checkpoint",
+]
+
+Array = NDArray[np.float64]
+Check = Callable[[Potential, str], None]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest deviations accepted, relative to the largest number compared where that exceeds 1.
+
+    Energies in eV, forces in eV/Å, virials in eV.
+    """
+
+    #: the same sum in another order
+    order: float
+    #: compiled against eager
+    compiled: float
+    #: analytic against finite differences
+    derivative: float
+
+
+TOLERANCES = {
+    torch.float64: Tolerance(order=1e-10, compiled=1e-10, derivative=1e-7),
+    torch.float32: Tolerance(order=2e-4, compiled=2e-4, derivative=float("nan")),
+}
+
+#: Å and strain, of the five-point stencil; small, since models with random weights bend sharply
+_STEP = 3e-5
+#: Å, from every cutoff of the model to the nearest distance of a pair: some models jump at their cutoffs
+_CLEARANCE = 1e-3
+#: edge of the cell in units of the cutoff; the first one is used at which no neighbour list is truncated
+_CELL_EDGES = (0.8, 1.1, 1.4, 1.8, 2.3)
+_SKEW = np.array([[1.0, 0.0, 0.0], [0.2, 0.95, 0.0], [-0.15, 0.25, 1.05]])
+_CORNERS = np.array(list(itertools.product((0.2, 0.7), repeat=3)))
+
+
+def precision(state: HeadState) -> torch.dtype:
+    """Lowest precision that takes part in the networks of a head: float64 or float32."""
+    dtypes = {weight.dtype for group in state.weights for weight in group}
+    return torch.float32 if torch.float32 in dtypes else torch.float64
+
+
+def example_structure(
+    potential: Potential, head: str, *, pbc: bool | Sequence[bool] = True, n_atoms: int = 6
+) -> ase.Atoms:
+    """Atoms in a skewed cell on which a head is smooth: nothing truncated, no pair near a cutoff.
+
+    Parameters
+    ----------
+    pbc
+        periodic axes; the clearances hold for the fully periodic structure, too.
+    n_atoms
+        at most 8.
+
+    Returns
+    -------
+    ase.Atoms
+        The elements of the training data first, with parameters where the head takes some. The cell is
+        smaller than the cutoff where the neighbour lists of the model allow it.
+    """
+    state = potential.head(head)
+    cutoffs = list(_cutoffs(state.model.descriptor.selection, state.model.rcut))
+    seen = state.observed_types or frozenset()
+    symbols = sorted(state.model.type_map, key=lambda symbol: symbol not in seen)[:3]
+    for edge, seed in itertools.product(_CELL_EDGES, range(4)):
+        random = np.random.default_rng(seed)
+        corners = random.permutation(_CORNERS)[:n_atoms] + random.uniform(-0.09, 0.09, (n_atoms, 3))
+        cell = edge * state.model.rcut * _SKEW
+        names = [symbols[k % len(symbols)] for k in range(n_atoms)]
+        atoms = _with_parameters(ase.Atoms(names, corners @ cell, cell=cell, pbc=True), state)
+        if _is_smooth(potential, state, atoms, cutoffs):
+            atoms.pbc = pbc
+            return atoms
+    raise ValueError(f"no structure of {n_atoms} atoms keeps clear of the cutoffs of head {head!r}")
+
+
+def _cutoffs(selection: Selection, rcut: float) -> Iterator[float]:
+    rcut = selection.rcut or rcut
+    yield rcut
+    for shorter in selection.inner:
+        yield from _cutoffs(shorter, rcut)
+
+
+def _is_smooth(potential: Potential, state: HeadState, atoms: ase.Atoms, cutoffs: Iterable[float]) -> bool:
+    pairs = find_candidates(atoms, state.model.rcut + _CLEARANCE)
+    vectors = pairs.displacements(torch.from_numpy(atoms.positions), torch.from_numpy(atoms.cell.array))
+    distances = torch.linalg.vector_norm(vectors, dim=1)
+    if any(bool((torch.abs(distances - cutoff) < _CLEARANCE).any()) for cutoff in cutoffs):
+        return False
+    n_truncated = state.model.layouts(_inputs(potential, atoms, state))[1]
+    return len(distances) > 0 and n_truncated == 0
+
+
+def _with_parameters(atoms: ase.Atoms, state: HeadState) -> ase.Atoms:
+    """Set the parameters that the head reads."""
+    random = np.random.default_rng(len(atoms))
+    fitting = state.model.fitting
+    if fitting.numb_fparam:
+        atoms.info["fparam"] = random.uniform(-1.0, 1.0, fitting.numb_fparam)
+    if fitting.numb_aparam:
+        atoms.arrays["aparam"] = random.uniform(-1.0, 1.0, (len(atoms), fitting.numb_aparam))
+    atoms.info |= {"charge": 1, "spin": 2}
+    return atoms
+
+
+@contextlib.contextmanager
+def _any_element() -> Iterator[None]:
+    """Elements that the head never saw in training test the mathematics as well as others."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PredictionWarning)
+        yield
+
+
+def _inputs(potential: Potential, atoms: ase.Atoms, state: HeadState) -> GraphInputs:
+    with _any_element():
+        return potential.inputs([atoms], [find_candidates(atoms, state.model.rcut)], state)
+
+
+def _evaluate(
+    potential: Potential, structures: Sequence[ase.Atoms], state: HeadState, *, batched: bool = False
+) -> list[Prediction]:
+    with _any_element():
+        if batched:
+            return potential.evaluate(structures, state.name)
+        return [potential.evaluate(atoms, state.name) for atoms in structures]
+
+
+def _require_close(what: str, got: ArrayLike, expected: ArrayLike, tolerance: float) -> None:
+    expected = np.asarray(expected)
+    deviation = float(np.max(np.abs(np.asarray(got) - expected), initial=0.0))
+    allowed = tolerance * max(1.0, float(np.max(np.abs(expected), initial=0.0)))
+    if not deviation <= allowed:
+        raise AssertionError(f"{what}: largest deviation {deviation:.3g}, accepted {allowed:.3g}")
+
+
+def _require_same(what: str, got: Prediction, expected: Prediction, tolerance: float) -> None:
+    """Compare every number of two predictions."""
+    for field in fields(Prediction):
+        value = getattr(expected, field.name)
+        if not isinstance(value, str):
+            _require_close(f"{what}, {field.name}", getattr(got, field.name), value, tolerance)
+
+
+def _five_point(
+    potential: Potential, state: HeadState, moved: Callable[[float], Iterable[ase.Atoms]]
+) -> Array:
+    """Derivative of the energy along each of several directions."""
+    energy = {}
+    for multiple in (-2, -1, 1, 2):
+        structures = list(moved(multiple * _STEP))
+        predictions = _evaluate(potential, structures, state, batched=True)
+        energy[multiple] = np.array([prediction.energy for prediction in predictions])
+    return np.asarray((8.0 * (energy[1] - energy[-1]) - (energy[2] - energy[-2])) / (12.0 * _STEP))
+
+
+def _float64_state(potential: Potential, head: str) -> HeadState:
+    state = potential.head(head)
+    if precision(state) != torch.float64:
+        raise ValueError(
+            f"head {head!r} computes in float32, where finite differences say little; "
+            "give a potential loaded with dtype='float64'"
+        )
+    return state
+
+
+def check_forces(potential: Potential, head: str) -> None:
+    """Forces are -dE/dr, by finite differences on an atom of each element; the head computes in float64."""
+    state = _float64_state(potential, head)
+    for pbc in (True, False):
+        atoms = example_structure(potential, head, pbc=pbc)
+
+        def moved(step: float, atoms: ase.Atoms = atoms) -> Iterator[ase.Atoms]:
+            for index in np.ndindex(3, 3):
+                copy = atoms.copy()
+                copy.positions[index] += step
+                yield copy
+
+        forces = _evaluate(potential, [atoms], state)[0].forces[:3]
+        expected = -_five_point(potential, state, moved).reshape(-1, 3)
+        _require_close(f"forces, pbc={pbc}", forces, expected, TOLERANCES[torch.float64].derivative)
+
+
+def check_virial(potential: Potential, head: str) -> None:
+    """Virials are -dE/dε, by finite differences of every strain; the head computes in float64."""
+    state = _float64_state(potential, head)
+    for pbc in (True, False):
+        atoms = example_structure(potential, head, pbc=pbc)
+
+        def strained(step: float, atoms: ase.Atoms = atoms) -> Iterator[ase.Atoms]:
+            for index in np.ndindex(3, 3):
+                strain = np.eye(3)
+                strain[index] += step
+                copy = atoms.copy()
+                copy.set_cell(atoms.cell.array @ strain.T)
+                copy.positions = atoms.positions @ strain.T
+                yield copy
+
+        virial = _evaluate(potential, [atoms], state)[0].virial
+        expected = -_five_point(potential, state, strained).reshape(3, 3)
+        _require_close(f"virial, pbc={pbc}", virial, expected, TOLERANCES[torch.float64].derivative)
+
+
+def check_permutation(potential: Potential, head: str) -> None:
+    """The order of atoms does not matter.
+
+    The first atom is exchanged for one of its own element: in the dense lists of DPA-1 and DPA-2 with
+    statistics that are not zero, empty slots read the element of the first atom, as they do in training.
+    """
+    state = potential.head(head)
+    tolerance = TOLERANCES[precision(state)].order
+    atoms = example_structure(potential, head)
+    numbers = atoms.numbers
+    order = np.random.default_rng(1).permutation(len(atoms))
+    alike = [k for k, index in enumerate(order) if numbers[index] == numbers[0]]
+    first = next((k for k in alike if order[k] != 0), alike[0])
+    order[[0, first]] = order[[first, 0]]
+    original, shuffled = _evaluate(potential, [atoms, atoms[order]], state)
+    expected = replace(original, atom_energy=original.atom_energy[order], forces=original.forces[order])
+    _require_same("permutation", shuffled, expected, tolerance)
+
+
+def check_rotation(potential: Potential, head: str) -> None:
+    """Energies are invariant, forces and virials turn with the structure; proper and mirrored rotations."""
+    state = potential.head(head)
+    tolerance = TOLERANCES[precision(state)].order
+    rotation = np.linalg.qr(np.random.default_rng(2).normal(size=(3, 3)))[0]
+    for turn, pbc in ((rotation, True), (-rotation, True), (rotation, False)):
+        atoms = example_structure(potential, head, pbc=pbc)
+        turned = atoms.copy()
+        turned.set_cell(atoms.cell.array @ turn)
+        turned.positions = atoms.positions @ turn
+        original, got = _evaluate(potential, [atoms, turned], state)
+        expected = replace(original, forces=original.forces @ turn, virial=turn.T @ original.virial @ turn)
+        _require_same(f"rotation, pbc={pbc}, det={np.linalg.det(turn):.0f}", got, expected, tolerance)
+
+
+def check_lattice_translation(potential: Potential, head: str) -> None:
+    """Nothing changes when atoms move by lattice vectors, each by its own, and all by one vector."""
+    state = potential.head(head)
+    tolerance = TOLERANCES[precision(state)].order
+    for pbc in (True, False):
+        atoms = example_structure(potential, head, pbc=pbc)
+        moved = atoms.copy()
+        moved.positions += np.array([1.7, -23.1, 0.4])
+        if pbc:
+            multiples = np.random.default_rng(3).integers(-4, 5, (len(atoms), 3))
+            moved.positions += multiples @ atoms.cell.array
+        original, got = _evaluate(potential, [atoms, moved], state)
+        _require_same(f"lattice translation, pbc={pbc}", got, original, tolerance)
+
+
+def check_supercell(potential: Potential, head: str) -> None:
+    """A repeated cell has the energies and forces of the cell in every copy."""
+    state = potential.head(head)
+    tolerance = TOLERANCES[precision(state)].order
+    atoms = example_structure(potential, head)
+    original, got = _evaluate(potential, [atoms, atoms.repeat((2, 1, 3))], state)
+    expected = replace(
+        original,
+        energy=6.0 * original.energy,
+        atom_energy=np.tile(original.atom_energy, 6),
+        forces=np.tile(original.forces, (6, 1)),
+        virial=6.0 * original.virial,
+    )
+    _require_same("supercell", got, expected, tolerance)
+
+
+def check_batch(potential: Potential, head: str) -> None:
+    """Structures of different sizes and periodicity give the same numbers in one batch and one by one."""
+    state = potential.head(head)
+    structures = _sizes(potential, head)
+    singles = _evaluate(potential, structures, state)
+    batch = _evaluate(potential, structures, state, batched=True)
+    for atoms, got, expected in zip(structures, batch, singles, strict=True):
+        what = f"batch, {len(atoms)} atoms, pbc={atoms.pbc.tolist()}"
+        _require_same(what, got, expected, TOLERANCES[precision(state)].order)
+
+
+def _sizes(potential: Potential, head: str) -> list[ase.Atoms]:
+    cell, cluster = (example_structure(potential, head, pbc=pbc) for pbc in (True, False))
+    return [cell, cluster[:1], cluster, cell.repeat((1, 2, 1)), cluster[3:5]]
+
+
+def check_single_atom(potential: Potential, head: str) -> None:
+    """One atom feels no force: alone, wherever it stands, and among its own images along one axis."""
+    state = potential.head(head)
+    tolerance = TOLERANCES[precision(state)].order
+    edge = state.model.rcut * np.array([[0.6, 0.0, 0.0], [0.1, 3.0, 0.0], [0.0, 0.0, 3.0]])
+    symbols = example_structure(potential, head).symbols[:3]
+    alone = [_with_parameters(ase.Atoms([symbol], [[0.3, 0.0, -7.0]]), state) for symbol in symbols]
+    elsewhere = [atoms.copy() for atoms in alone]
+    chains = [atoms.copy() for atoms in alone]
+    for moved, chain in zip(elsewhere, chains, strict=True):
+        moved.positions += 11.0
+        chain.set_cell(edge)
+        chain.pbc = True
+    groups = [_evaluate(potential, group, state, batched=True) for group in (alone, elsewhere, chains)]
+    for symbol, first, second, chained in zip(symbols, *groups, strict=True):
+        _require_same(f"single {symbol}, moved", second, first, tolerance)
+        _require_close(f"single {symbol}, virial", first.virial, np.zeros((3, 3)), 0.0)
+        for prediction in (first, chained):
+            _require_close(f"single {symbol}, forces", prediction.forces, np.zeros((1, 3)), tolerance)
+            _require_close(f"single {symbol}, energy", prediction.energy, prediction.atom_energy[0], 0.0)
+
+
+def check_no_neighbors(potential: Potential, head: str) -> None:
+    """Atoms out of each other's reach have the energies of single atoms and no forces."""
+    state = potential.head(head)
+    tolerance = TOLERANCES[precision(state)].order
+    apart = np.array([[0.0, 0.0, 0.0], [0.0, 1.01 * state.model.rcut, 0.0]])
+    symbols = example_structure(potential, head).symbols[:3]
+    pairs = [_with_parameters(ase.Atoms([symbol] * 2, apart), state) for symbol in symbols]
+    both = _evaluate(potential, pairs, state, batched=True)
+    singles = _evaluate(potential, [pair[k : k + 1] for pair in pairs for k in (0, 1)], state, batched=True)
+    for k, (symbol, got) in enumerate(zip(symbols, both, strict=True)):
+        energies = [single.energy for single in singles[2 * k : 2 * k + 2]]
+        _require_close(f"no neighbours, {symbol}, atom_energy", got.atom_energy, energies, tolerance)
+        _require_close(f"no neighbours, {symbol}, forces", got.forces, np.zeros((2, 3)), 0.0)
+        _require_close(f"no neighbours, {symbol}, virial", got.virial, np.zeros((3, 3)), 0.0)
+
+
+def check_mixed_periodicity(potential: Potential, head: str) -> None:
+    """Axes are periodic one by one; an axis that is not has no images, whatever its cell vector."""
+    state = potential.head(head)
+    tolerance = TOLERANCES[precision(state)].order
+    for pbc in ((True, True, False), (False, True, False)):
+        atoms = example_structure(potential, head, pbc=pbc)
+        atoms.positions += 2.5 * atoms.cell.array[2]
+        blank = atoms.copy()
+        spaced = atoms.copy()
+        cell = atoms.cell.array.copy()
+        for axis in np.flatnonzero(np.logical_not(pbc)):
+            cell[axis] = 0.0
+        blank.set_cell(cell)
+        complete = blank.cell.complete().array
+        far = np.ptp(atoms.positions @ complete.T, axis=0) + 2.0 * state.model.rcut
+        spaced.set_cell(np.where(np.array(pbc)[:, None], cell, complete * far[:, None]))
+        spaced.pbc = True
+        expected, *others = _evaluate(potential, [spaced, atoms, blank], state)
+        for what, got in zip(("short", "zero"), others, strict=True):
+            _require_same(f"pbc={pbc}, {what} cell vector off the periodic axes", got, expected, tolerance)
+
+
+def check_inputs_unmodified(potential: Potential, head: str) -> None:
+    """Evaluating changes neither the structures nor the weights."""
+    state = potential.head(head)
+    structures = _sizes(potential, head)
+    copies = [atoms.copy() for atoms in structures]
+    weights = [weight.clone() for group in state.weights for weight in group]
+    _evaluate(potential, structures, state, batched=True)
+    for atoms, copy in zip(structures, copies, strict=True):
+        contents = [
+            *atoms.arrays.items(),
+            *atoms.info.items(),
+            ("cell", atoms.cell.array),
+            ("pbc", atoms.pbc),
+        ]
+        before = {**copy.arrays, **copy.info, "cell": copy.cell.array, "pbc": copy.pbc}
+        changed = [name for name, value in contents if not np.array_equal(value, before.pop(name, None))]
+        if changed or before:
+            raise AssertionError(f"evaluating changed {', '.join([*changed, *before])} of a structure")
+    kept = [weight for group in potential.head(head).weights for weight in group]
+    if not all(map(torch.equal, kept, weights)):
+        raise AssertionError("evaluating changed the weights")
+
+
+def check_head_swap(potential: Potential, head: str) -> None:
+    """A head gives the same numbers, bit for bit, before and after every other head was used."""
+    state = potential.head(head)
+    atoms = example_structure(potential, head)
+    before = _evaluate(potential, [atoms], state)[0]
+    for name in potential.heads:
+        other = potential.head(name)
+        if set(atoms.symbols) <= set(other.model.type_map):
+            _evaluate(potential, [_with_parameters(atoms.copy(), other)], other)
+        _require_same(f"{head} after {name}", _evaluate(potential, [atoms], state)[0], before, 0.0)
+
+
+def check_compiled_equals_eager(potential: Potential, head: str) -> None:
+    """One compiled graph gives what eager evaluation gives, for every number and structures of any size."""
+    state = potential.head(head)
+    structures = _sizes(potential, head)
+    results = {}
+    graph = state.graph
+    for mode in ("off", "wait"):
+        own = SharedGraph(graph.function, graph.signature, graph.arguments, graph.weights, mode)
+        inputs = [_inputs(potential, atoms, state) for atoms in structures]
+        # twice: the first answer of a compiled graph is the eager one of its self-check
+        for _ in range(2):
+            results[mode] = [potential.predict(each, replace(state, graph=own))[0] for each in inputs]
+    if not own.is_compiled:
+        raise AssertionError("no compiled graph could be had")
+    for atoms, got, expected in zip(structures, results["wait"], results["off"], strict=True):
+        _require_same(f"compiled, {len(atoms)} atoms", got, expected, TOLERANCES[precision(state)].compiled)
+
+
+def check_errors(potential: Potential, head: str) -> None:
+    """A wrong head or structure raises, in one line that lists what is allowed."""
+    atoms = example_structure(potential, head)
+    known = potential.head(head).model.type_map
+    _require_error(potential, atoms, f"{head}~", UnknownHeadError, potential.heads)
+    foreign = atoms.copy()
+    foreign.symbols[2] = next((symbol for symbol in chemical_symbols if symbol not in known), "X")
+    _require_error(potential, foreign, head, StructureError, ("atom 2", foreign.symbols[2], *known))
+    lost = atoms.copy()
+    lost.positions[1, 2] = np.nan
+    _require_error(potential, lost, head, StructureError, ("atom 1", "nan"))
+    flat = atoms.copy()
+    flat.cell[1] = 2.0 * flat.cell[0]
+    _require_error(potential, flat, head, StructureError, ("pbc",))
+    if "aparam" in atoms.arrays:
+        del atoms.arrays["aparam"]
+        _require_error(potential, atoms, head, StructureError, ("aparam",))
+
+
+def _require_error(
+    potential: Potential, atoms: ase.Atoms, head: str, kind: type[MtinferError], words: Iterable[str]
+) -> None:
+    try:
+        potential.evaluate(atoms, head)
+    except kind as err:
+        text = str(err)
+        missing = [word for word in words if word not in text]
+        if missing or "\n" in text:
+            raise AssertionError(f"the error {text!r} is not one line with {missing}") from err
+    else:
+        raise AssertionError(f"no {kind.__name__} was raised")
+
+
+#: every check, in the order in which `check_conformance` runs them
+CONFORMANCE: tuple[Check, ...] = (
+    check_forces,
+    check_virial,
+    check_permutation,
+    check_rotation,
+    check_lattice_translation,
+    check_supercell,
+    check_batch,
+    check_single_atom,
+    check_no_neighbors,
+    check_mixed_periodicity,
+    check_inputs_unmodified,
+    check_head_swap,
+    check_errors,
+    check_compiled_equals_eager,
+)
+#: those that need a head that computes in float64
+DERIVATIVE_CHECKS: tuple[Check, ...] = (check_forces, check_virial)
+
+
+def check_conformance(potential: Potential, head: str, *, float64: Potential | None = None) -> None:
+    """Run every check on one head.
+
+    Parameters
+    ----------
+    potential
+        as `mtinfer.load` gives it, in any compile mode.
+    head
+        name of the head.
+    float64
+        the same file loaded with ``dtype="float64"``, for the finite differences of a float32 head.
+
+    Raises
+    ------
+    AssertionError
+        At the first check that fails, with the largest deviation.
+    """
+    for check in CONFORMANCE:
+        check(float64 if float64 is not None and check in DERIVATIVE_CHECKS else potential, head)
+
+
+#: last part of a canonical name -> how its numbers are drawn; a digit stands for a residual coefficient
+_DRAWS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], ArrayLike]] = {
+    # a vector is the scale of a layer norm
+    "w": lambda rng, shape: rng.normal(0.0, 1.0 / sum(shape) ** 0.5, shape) if len(shape) > 1 else 1.0,
+    "b": lambda rng, shape: rng.normal(0.0, 0.3, shape),
+    "idt": lambda rng, shape: rng.normal(0.1, 0.01, shape),
+    "residual": lambda rng, shape: rng.normal(0.1, 0.02, shape),
+    "mean": lambda rng, shape: 0.0,
+    "stddev": lambda rng, shape: 0.3,
+    "out_bias": lambda rng, shape: rng.normal(0.0, 3.0, shape),
+    "out_std": lambda rng, shape: 1.0,
+    "bias_atom_e": lambda rng, shape: rng.normal(0.0, 1.0, shape),
+    "min_nbor_dist": lambda rng, shape: 0.8,
+    "fparam_avg": lambda rng, shape: rng.normal(0.0, 0.5, shape),
+    "aparam_avg": lambda rng, shape: rng.normal(0.0, 0.5, shape),
+    "fparam_inv_std": lambda rng, shape: rng.uniform(0.5, 2.0, shape),
+    "aparam_inv_std": lambda rng, shape: rng.uniform(0.5, 2.0, shape),
+}
+
+
+def write_random_checkpoint(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    *,
+    heads: Sequence[str] = ("water",),
+    dialect: str = "pt",
+    seed: int = 0,
+) -> None:
+    """Write a multitask checkpoint with random weights, laid out as its trainer does.
+
+    Parameters
+    ----------
+    path
+        file to write, ``.pt``.
+    config
+        configuration of every head, an entry of ``model_dict``: ``type_map``, ``descriptor``,
+        ``fitting_net``. It goes into the file as it is, so what is left out means the trainer's default.
+    heads
+        names; all share one descriptor, and each has a fitting net and energy biases of its own.
+    dialect
+        "pt" or "pt_expt".
+    seed
+        the same seed gives the same weights, in either dialect.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If mtinfer does not evaluate such a head.
+    """
+    specs = EnergyModel.from_config(config, dialect).parameters()
+    shared = {
+        name: _draw(name, spec, config, 0, seed)
+        for name, spec in specs.items()
+        if name.startswith("descriptor.")
+    }
+    records = {}
+    for index, head in enumerate(heads):
+        own = {
+            name: _draw(name, spec, config, index, seed) for name, spec in specs.items() if name not in shared
+        }
+        records[head] = HeadRecord(head, (), dict(config), shared | own, False, None)
+    content = training_content(records, dialect, step=1, learning_rate=0.0, shared_dict={})
+    write_content(Path(path), {"model": content})
+
+
+def _draw(name: str, spec: ParameterSpec, config: Mapping[str, Any], head: int, seed: int) -> torch.Tensor:
+    leaf = name.rpartition(".")[2]
+    if leaf == "case_embd":
+        values: ArrayLike = np.arange(spec.shape[0]) == head % spec.shape[0]
+    elif leaf == "default_fparam_tensor":
+        values = config["fitting_net"]["default_fparam"]
+    else:
+        random = np.random.default_rng([seed, head, zlib.crc32(name.encode())])
+        values = _DRAWS["residual" if leaf.isdigit() else leaf](random, spec.shape)
+    filled = np.broadcast_to(np.asarray(values, dtype=np.float64), spec.shape)
+    return torch.from_numpy(filled.copy()).to(spec.dtype)

@@ -1,0 +1,46 @@
+"""What all tests share: a cache of their own, one thread, and files that are loaded once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import mtinfer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Directory of compiled graphs of this run: each is compiled once, and nothing of the user's is used.
+
+    `MTINFER_TEST_CACHE` names a directory to keep between runs.
+    """
+    kept = os.environ.get("MTINFER_TEST_CACHE")
+    directory = Path(kept) if kept else tmp_path_factory.mktemp("graphs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTINFER_CACHE", str(directory))
+        patch.setenv("OMP_NUM_THREADS", "1")  # of subprocesses
+        yield directory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def eager() -> Callable[..., mtinfer.Potential]:
+    """Load a file for eager evaluation; each file and dtype once per run."""
+
+    @cache
+    def load(path: Path, dtype: str | None = None) -> mtinfer.Potential:
+        return mtinfer.load(path, device="cpu", dtype=dtype, compile=False)
+
+    return load

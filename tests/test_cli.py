@@ -1,0 +1,204 @@
+"""Commands as a user types them: what they print, and how they fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ase
+import ase.io
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from reference_files import DATA, SE_E2_A, STRIP
+
+from mtinfer.cli import main
+
+FRAMES = DATA / "frames"
+
+
+@pytest.fixture(autouse=True)
+def keep_warning_filters(recwarn: pytest.WarningsRecorder) -> None:
+    """The commands print warnings, which are no errors here."""
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def fails_with(text: str, *arguments: object) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("mtinfer: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert text in result.stderr
+
+
+def changed(tmp_path: Path, change: Any) -> Path:
+    """Write a copy of a checkpoint after `change(content)`."""
+    content = torch.load(SE_E2_A, weights_only=True)
+    change(content)
+    path = tmp_path / "changed.pt"
+    torch.save(content, path)
+    return path
+
+
+def test_info_prints_heads_and_json() -> None:
+    text = run("info", SE_E2_A).stdout
+    assert "water" in text
+    assert "also called H2O, liquid" in text
+    found = json.loads(run("info", SE_E2_A, "--json").stdout)
+    assert [head["name"] for head in found["heads"]] == ["water", "clusters", "copper"]
+
+
+@pytest.mark.parametrize("arguments", [["info", str(SE_E2_A)], ["--help"], ["eval", "--help"]])
+def test_light_commands_are_quick_and_leave_torch_alone(arguments: list[str]) -> None:
+    code = f"import sys; from mtinfer.cli import main; main({arguments!r}, standalone_mode=False); "
+    code += "print('torch' in sys.modules, file=sys.stderr)"
+    began = time.process_time()
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - began)
+    assert done.stderr == "False\n"
+    # a third of this on a quiet machine
+    assert min(seconds) < 0.9
+
+
+def test_convert_then_evaluate(tmp_path: Path) -> None:
+    target = tmp_path / "model.safetensors"
+    result = run("convert", STRIP, "-o", target)
+    assert result.exit_code == 0, result.output
+    assert "heads: water, clusters, copper" in result.stdout
+    files = {name: tmp_path / name for name in ("s.json", "s.csv", "p.png", "p.extxyz")}
+    result = run(
+        *("eval", "--head", "copper", target, FRAMES / "copper", FRAMES / "copper.extxyz"),
+        *("--json", files["s.json"], "--csv", files["s.csv"]),
+        *("--plot", files["p.png"], "--output", files["p.extxyz"]),
+    )
+    assert result.exit_code == 0, result.output
+    assert all(path.stat().st_size for path in files.values())
+    scores = json.loads(files["s.json"].read_text())
+    assert "forces" in json.dumps(scores)
+    n_frames = len(ase.io.read(files["p.extxyz"], ":"))
+    assert n_frames == 2 * len(ase.io.read(FRAMES / "copper.extxyz", ":"))
+
+
+def test_convert_keeps_an_existing_file(tmp_path: Path) -> None:
+    target = tmp_path / "model.safetensors"
+    target.write_text("precious")
+    fails_with("exists and is kept", "convert", STRIP, "-o", target)
+    assert target.read_text() == "precious"
+    assert run("convert", STRIP, "-o", target, "--force", "--head", "water").exit_code == 0
+    assert [head["name"] for head in json.loads(run("info", target, "--json").stdout)["heads"]] == ["water"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_convert_to_float32(tmp_path: Path) -> None:
+    target = tmp_path / "model.safetensors"
+    assert run("convert", STRIP, "-o", target, "--dtype", "float32").exit_code == 0
+    assert "float32" in run("info", target).stdout
+
+
+def test_all_heads_are_evaluated(tmp_path: Path) -> None:
+    result = run("eval", "--head", "all", STRIP, FRAMES / "clusters.extxyz", "--csv", tmp_path / "s.csv")
+    assert result.exit_code == 0, result.output
+    assert all(f"\n{head}," in (tmp_path / "s.csv").read_text() for head in ("water", "clusters", "copper"))
+
+
+def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    truncated = tmp_path / "truncated.pt"
+    truncated.write_bytes(SE_E2_A.read_bytes()[:100_000])
+    text = tmp_path / "text.pt"
+    text.write_text("not a checkpoint")
+    for command in ("info", "convert"):
+        fails_with("truncated.pt", command, truncated)
+        fails_with("text.pt", command, text)
+        fails_with("absent.pt", command, tmp_path / "absent.pt")
+    assert sorted(tmp_path.iterdir()) == [text, truncated]
+
+
+class _Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("this must never be printed",))
+
+
+@pytest.mark.parametrize("command", ["info", "convert", "eval"])
+def test_code_in_a_pickle_is_not_run(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "evil.pt"
+    torch.save({"model": _Payload()}, path)
+    extra = [FRAMES / "water.extxyz"] if command == "eval" else []
+    fails_with("evil.pt", command, path, *extra)
+    assert "never be printed" not in capfd.readouterr().out
+
+
+def test_bad_weights_are_named(tmp_path: Path) -> None:
+    key = "model.water.atomic_model.out_bias"
+
+    def check(text: str, change: Any) -> None:
+        fails_with(text, "convert", changed(tmp_path, change), "-o", tmp_path / "out.safetensors")
+        assert not (tmp_path / "out.safetensors").exists()
+
+    check("out_bias", lambda content: content["model"].pop(key))
+    check("nonsense", lambda content: content["model"].update({"model.water.nonsense": torch.zeros(1)}))
+    check("out_bias", lambda content: content["model"].update({key: torch.zeros(1, 4, 1)}))
+    check("out_bias", lambda content: content["model"].update({key: torch.full((1, 3, 1), float("nan"))}))
+
+    def clash(content: Any) -> None:
+        heads = content["model"]["_extra_state"]["model_params"]["model_dict"]
+        heads["copper"]["model_branch_alias"] = ["liquid"]
+
+    check("liquid", clash)
+
+
+def test_bad_heads_and_structures_are_named(tmp_path: Path) -> None:
+    frames = FRAMES / "water.extxyz"
+    fails_with("no head 'watr' (did you mean 'water'?)", "eval", "--head", "watr", STRIP, frames)
+    fails_with("choose one of: water, clusters, copper", "eval", STRIP, frames)
+
+    def write(atoms: ase.Atoms) -> Path:
+        atoms.info["energy"] = 0.0
+        path = tmp_path / "frame.extxyz"
+        ase.io.write(path, atoms)
+        return path
+
+    fails_with(
+        "atom 1 is Fe", "eval", "--head", "water", STRIP, write(ase.Atoms("HFe", [[0, 0, 0], [1, 0, 0]]))
+    )
+    lost = ase.Atoms("H2", [[0, 0, 0], [np.nan, 0, 0]])
+    fails_with("positions holds NaN", "eval", "--head", "water", STRIP, write(lost))
+    flat = ase.Atoms("H", cell=[[3, 0, 0], [6, 0, 0], [0, 0, 3]], pbc=True)
+    fails_with("no volume along", "eval", "--head", "water", STRIP, write(flat))
+
+
+def test_bad_data_and_outputs_are_named(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fails_with("empty", "eval", "--head", "water", STRIP, empty)
+    system = tmp_path / "system"
+    shutil.copytree(next((FRAMES / "water").iterdir()), system)
+    forces = next(system.glob("set.*/force.npy"))
+    np.save(forces, np.load(forces)[:, :-3])
+    fails_with("force.npy", "eval", "--head", "water", STRIP, system)
+    frames = FRAMES / "water.extxyz"
+    absent = tmp_path / "absent" / "s.json"
+    fails_with("does not exist", "eval", "--head", "water", STRIP, frames, "--json", absent)
+    fails_with("does not exist", "convert", STRIP, "-o", absent)
+
+
+def test_unseen_element_is_warned_of_once() -> None:
+    result = run("eval", "--head", "copper", STRIP, FRAMES / "water.extxyz", FRAMES / "clusters.extxyz")
+    assert result.exit_code == 0
+    assert result.stderr.count("never saw O in training") == 1
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = run("--debug", "info", "absent.pt")
+    assert type(result.exception).__name__ == "CheckpointError"
