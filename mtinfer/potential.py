@@ -358,7 +358,7 @@ def _head_state(
     groups = model.prepare(weights)
     names = tuple(sorted(groups[0]))
     default_fparam = weights.get("fitting_net.default_fparam_tensor")
-    charge_spin = record.config["descriptor"].get("default_chg_spin")
+    charge_spin = _default_charge_spin(record.config["descriptor"])
     observed = (record.config.get("info") or {}).get("observed_type")
     return HeadState(
         name=record.name,
@@ -370,6 +370,13 @@ def _head_state(
         observed_types=None if observed is None else frozenset(observed),
         graph=_shared_graph(model, names, groups[0], mode, graphs),
     )
+
+
+def _default_charge_spin(descriptor: Mapping[str, Any]) -> Sequence[float] | None:
+    """Charge and spin of a structure that carries none; members of a hybrid must agree on them."""
+    readers = [part for part in descriptor.get("list", [descriptor]) if part.get("add_chg_spin_ebd")]
+    defaults = {tuple(part["default_chg_spin"]) if part.get("default_chg_spin") else None for part in readers}
+    return defaults.pop() if len(defaults) == 1 else None
 
 
 def _shared_graph(

@@ -13,6 +13,11 @@ import torch
 import mtinfer
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # torch 2.13 uses its own deprecated functions when its compiler is imported
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Directory of compiled graphs of this run: each is compiled once, and nothing of the user's is used.

@@ -18,7 +18,7 @@ from ase.optimize import BFGS
 from reference_files import DATA, SE_E2_A, STRIP
 
 from mtinfer import MTCalculator, MtinferError, Potential
-from mtinfer.errors import UnknownHeadError
+from mtinfer.errors import StructureError, UnknownHeadError
 
 
 @pytest.fixture
@@ -164,3 +164,38 @@ def test_keywords_of_deepmd_kit_scripts(potential: Potential) -> None:
         MTCalculator(potential, head="water", dtype="float32")
     with pytest.raises(ValueError, match=r"skin=-1\.0 is negative"):
         MTCalculator(potential, head="water", skin=-1.0)
+
+
+def test_calculators_share_a_potential(potential: Potential) -> None:
+    one, other = MTCalculator(potential, head="water"), MTCalculator(potential, head="copper")
+    assert one.potential is other.potential
+    one.head = "clusters"
+    assert (one.head, other.head) == ("clusters", "copper")
+    structures = [copper(), copper()]
+    for atoms, calculator in zip(structures, (one, other), strict=True):
+        atoms.calc = calculator
+    energies = [atoms.get_potential_energy() for atoms in structures]
+    assert energies[1] == pytest.approx(potential.evaluate(copper(), "copper").energy, abs=1e-9)
+    assert energies[0] != energies[1]
+
+
+def test_head_must_be_named_where_there_are_several(potential: Potential) -> None:
+    with pytest.raises(
+        UnknownHeadError, match="no head was named and the file has several; choose one of: water"
+    ):
+        MTCalculator(potential)
+
+
+@pytest.mark.parametrize("keyword", ["label", "neighbor_list", "auto_batch_size", "no_jit"])
+def test_keywords_without_a_meaning_here(potential: Potential, keyword: str) -> None:
+    with pytest.raises(TypeError, match=f"MTCalculator does not take {keyword}=: "):
+        MTCalculator(potential, head="water", **{keyword: None})
+
+
+def test_positions_that_are_not_finite_stop_a_simulation(potential: Potential) -> None:
+    atoms = water()
+    atoms.calc = MTCalculator(potential, head="water")
+    atoms.get_forces()
+    atoms.positions[5, 0] = np.nan
+    with pytest.raises(StructureError, match=r"position of atom 5 .*check the step before"):
+        atoms.get_forces()

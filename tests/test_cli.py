@@ -202,3 +202,28 @@ def test_unseen_element_is_warned_of_once() -> None:
 def test_debug_shows_the_traceback() -> None:
     result = run("--debug", "info", "absent.pt")
     assert type(result.exception).__name__ == "CheckpointError"
+
+
+@pytest.mark.parametrize("option", ["--json", "--csv", "--plot", "--output"])
+def test_evaluation_that_fails_writes_nothing(option: str, tmp_path: Path) -> None:
+    target = tmp_path / "written.png"
+    frames = [
+        ase.Atoms("OH", [[0, 0, 0], [0, 0, 1.0]], info={"energy": 1.0}),
+        ase.Atoms("Fe", info={"energy": 0.0}),
+    ]
+    ase.io.write(tmp_path / "frames.extxyz", frames)
+    fails_with(
+        "frame 1: atom 0 is Fe", "eval", "--head", "water", STRIP, tmp_path / "frames.extxyz", option, target
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["frames.extxyz"]
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_error_in_a_real_process(debug: bool) -> None:
+    command = [sys.executable, "-m", "mtinfer", *["--debug"] * debug, "convert", "absent.pt"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert ("Traceback" in done.stderr) == debug
+    assert "no such file: 'absent.pt'" in done.stderr.splitlines()[-1]
+    assert debug or len(done.stderr.splitlines()) == 1

@@ -1,218 +1,405 @@
-"""One graph per architecture: how many are compiled, what is baked in, what is stored and trusted."""
+"""One compiled graph for all heads, sizes and steps; kept on disk; never trusted blindly."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
+import stat
 import subprocess
 import sys
-import textwrap
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ase
-import ase.io
 import numpy as np
 import pytest
 import torch
 from ase import units
+from ase.build import bulk
 from ase.md.nose_hoover_chain import IsotropicMTKNPT
-from reference_files import DATA, SE_E2_A, STRIP
+from reference_files import COMPILED, DATA, FILES, SE_E2_A, STRIP, heads, structures
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mtinfer
-from mtinfer import MTCalculator
-from mtinfer.graph import GraphWarning, SharedGraph, trace
+from mtinfer import MTCalculator, Potential
+from mtinfer.graph import GraphWarning, SharedGraph, cache_directory, trace
 from mtinfer.models.layout import Argument
-from mtinfer.potential import PredictionWarning
-
-ARGUMENTS = [Argument(("rows", "columns")), Argument(("rows",), torch.int64)]
-
-
-def toy(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (torch.tanh(x * weight[index].unsqueeze(1)).sum(1),)
-
-
-def toy_data(n: int, m: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(n + m)
-    x = torch.randn(n, m, dtype=torch.float64, generator=generator)
-    return [x, torch.randint(0, 4, (n,), generator=generator)]
-
-
-def toy_graph(**options: object) -> SharedGraph:
-    settings = {"mode": "wait", "signature": "toy", **options}
-    weights = [torch.arange(4, dtype=torch.float64)]
-    return SharedGraph(toy, settings["signature"], ARGUMENTS, weights, settings["mode"])
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    cache = tmp_path / "cache"
-    monkeypatch.setenv("MTINFER_CACHE", str(cache))
-    return cache
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph_cache: Path) -> Path:
+    """An empty directory of graphs; the compiler's own cache below it is that of the run, to save time."""
+    directory = tmp_path / "store"
+    directory.mkdir(mode=0o700)
+    (graph_cache / "inductor").mkdir(parents=True, exist_ok=True)
+    (directory / "inductor").symlink_to(graph_cache / "inductor")
+    monkeypatch.setenv("MTINFER_CACHE", str(directory))
+    return directory
 
 
-def structures(n_atoms: int) -> list[ase.Atoms]:
-    """The same atoms in a cell and in the open."""
-    rng = np.random.default_rng(n_atoms)
-    edge = 2.2 * np.ceil(n_atoms ** (1 / 3)) + 0.5
-    grid = np.stack(np.meshgrid(*[np.arange(np.ceil(n_atoms ** (1 / 3)))] * 3), -1).reshape(-1, 3)
-    atoms = ase.Atoms("H" * n_atoms, 2.2 * grid[:n_atoms], cell=[edge] * 3, pbc=True)
-    atoms.symbols[::3] = "O"
-    atoms.rattle(0.1, seed=int(rng.integers(1000)))
-    free = atoms.copy()
-    free.pbc = False
-    return [atoms, free]
+def small(x: Tensor, rows: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    def total(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.tanh(x @ w[:3]) + w[3]
+        return y.sum(), y[rows].sum(1)
+
+    gradient, picked = torch.func.grad(total, has_aux=True)(x)
+    return picked, gradient
 
 
-@pytest.mark.filterwarnings(f"ignore::{PredictionWarning.__module__}.PredictionWarning")
+WEIGHTS = torch.linspace(-1.0, 1.0, 20, dtype=torch.float64).reshape(4, 5)
+ARGUMENTS = (Argument(("points", 3)), Argument(("picked",), torch.int64))
+
+
+def data(n_points: int = 7, n_picked: int = 4) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n_points)
+    x = torch.randn(n_points, 3, dtype=torch.float64, generator=generator)
+    return x, torch.arange(n_picked) % max(n_points, 1)
+
+
+def small_graph(mode: str = "wait", signature: str = "small") -> SharedGraph:
+    return SharedGraph(small, signature, ARGUMENTS, [WEIGHTS], mode)
+
+
+def require_eager_numbers(graph: SharedGraph, inputs: Sequence[Tensor], weights: Tensor = WEIGHTS) -> None:
+    for got, expected in zip(graph(inputs, [weights]), small(*inputs, weights), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+# --- the promise: one graph
+
+
+def structure(head: str, n_atoms: int, *, periodic: bool) -> ase.Atoms:
+    """Water or copper of any size, in a cell that does not depend on the size, at 100 K."""
+    if head == "copper":
+        full = bulk("Cu", "fcc", a=3.7, cubic=True).repeat((2, 3, 4))
+    else:
+        full = structures(DATA / "reference")[0]
+    atoms = full[:n_atoms]
+    atoms.pbc = periodic
+    speed = np.sqrt(units.kB * 100 / atoms.get_masses())
+    atoms.set_velocities(np.random.default_rng(n_atoms).normal(size=(n_atoms, 3)) * speed[:, None])
+    return atoms
+
+
+@pytest.mark.filterwarnings("ignore::mtinfer.potential.PredictionWarning")
 @pytest.mark.parametrize(
     ("path", "n_steps"),
-    [(STRIP, 10), (SE_E2_A, 10), pytest.param(STRIP, 200, marks=pytest.mark.slow)],
-    ids=["dpa1", "se_e2_a", "dpa1-long"],
+    [
+        pytest.param(STRIP, 20, id="dpa1"),
+        pytest.param(SE_E2_A, 5, id="se_e2_a"),
+        pytest.param(STRIP, 200, id="dpa1-long", marks=pytest.mark.slow),
+        pytest.param(SE_E2_A, 200, id="se_e2_a-long", marks=pytest.mark.slow),
+    ],
 )
-def test_one_graph_for_heads_sizes_and_dynamics(path: Path, n_steps: int, own_cache: Path) -> None:
+def test_one_graph_for_all_heads_sizes_and_steps(
+    path: Path, n_steps: int, store: Path, eager: Callable[..., Potential]
+) -> None:
     potential = mtinfer.load(path, device="cpu", compile="wait")
-    eager = mtinfer.load(path, device="cpu", compile=False)
-    assert len(potential.graphs) == 1
-    for n_atoms in (1, 2, 31, 96):
-        for atoms in structures(n_atoms):
-            for head in potential.heads:
-                atoms.calc = MTCalculator(potential, head=head)
-                if atoms.pbc.any() and n_atoms > 1:
-                    atoms.set_momenta(np.random.default_rng(0).normal(size=(n_atoms, 3)))
-                    pressure = 0.1 * units.GPa
-                    dynamics = IsotropicMTKNPT(
-                        atoms, 0.2 * units.fs, 300, pressure, tdamp=50 * units.fs, pdamp=500 * units.fs
-                    )
-                    dynamics.run(n_steps)
-                expected = eager.evaluate(atoms, head)
-                assert atoms.get_potential_energy() == pytest.approx(expected.energy, rel=1e-12, abs=1e-9)
-                scale = max(1.0, np.abs(expected.forces).max())
-                assert np.abs(atoms.get_forces() - expected.forces).max() < 1e-9 * scale
+    assert len(potential.heads) == 3
+    for head, n_atoms, periodic in itertools.product(potential.heads, (1, 2, 31, 96), (False, True)):
+        atoms = structure(head, n_atoms, periodic=periodic)
+        atoms.calc = MTCalculator(potential, head=head)
+        if periodic:
+            IsotropicMTKNPT(
+                atoms, 0.2 * units.fs, 100, 0.1 * units.GPa, tdamp=20 * units.fs, pdamp=200 * units.fs
+            ).run(n_steps)
+        expected = eager(path).evaluate(atoms, head)
+        assert atoms.get_potential_energy() == pytest.approx(expected.energy, rel=1e-12, abs=1e-9)
+        np.testing.assert_allclose(atoms.get_forces(), expected.forces, rtol=1e-10, atol=1e-10)
     assert potential.graphs_compiled == 1
-    assert potential.graphs[0].is_compiled
+    assert [graph.is_compiled for graph in potential.graphs] == [True]
+    assert len(list(store.glob("*.graph"))) == 1
 
 
-@pytest.mark.parametrize("path", [STRIP, SE_E2_A], ids=["dpa1", "se_e2_a"])
-def test_no_size_is_baked_into_a_trace(path: Path) -> None:
-    graph = mtinfer.load(path, device="cpu", compile=False).graphs[0]
+def test_any_size_of_every_axis(store: Path) -> None:
+    graph = small_graph()
+    graph(data(), [WEIGHTS])  # answered eagerly: the self-check
+    for n_points, n_picked in itertools.product((1, 2, 3, 1000), (0, 1, 2, 700)):
+        require_eager_numbers(graph, data(n_points, n_picked))
+    require_eager_numbers(graph, data(0, 0))
+    require_eager_numbers(graph, data(), 2.0 * WEIGHTS)
+    assert graph.n_compiled == 1
 
-    def code(sizes: list[int]) -> str:
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_nothing_of_the_example_sizes_is_baked_in(name: str, eager: Callable[..., Potential]) -> None:
+    graph = eager(DATA / f"reference/checkpoints/{name}.pt").graphs[0]
+
+    def code(sizes: Sequence[int]) -> str:
         module, _ = trace(graph.function, graph.arguments, graph.weights, sizes=sizes)
         names: dict[str, str] = {}
         # symbols are numbered at random
         return re.sub(r"\bs\d+\b", lambda found: names.setdefault(found[0], f"n{len(names)}"), module.code)
 
-    first, second = code([11, 17, 13, 19, 23]), code([41, 31, 37, 29, 43])
-    assert first == second
-    assert "17" not in re.findall(r"\b\d+\b", first)
+    assert code(range(50, 90)) == code(range(191, 71, -3))
 
 
-def test_stored_graph_is_loaded_without_compiling(own_cache: Path) -> None:
-    first = toy_graph()
-    data = toy_data(5, 7)
-    expected = first(data, first.weights)[0]
-    assert first.n_compiled == 1
-    second = toy_graph()
-    assert torch.equal(second(data, second.weights)[0], expected)
+# --- the store
+
+
+def test_stored_graph_is_loaded_without_compiling(store: Path) -> None:
+    first, second = small_graph(), small_graph()
+    require_eager_numbers(first, data())
+    require_eager_numbers(second, data())
+    require_eager_numbers(second, data(5, 9))
+    assert (first.n_compiled, second.n_compiled) == (1, 0)
     assert second.is_compiled
-    assert second.n_compiled == 0
-    for n, m in ((1, 1), (1, 9), (0, 4), (4, 0), (50, 3)):
-        data = toy_data(n, m)
-        assert torch.allclose(second(data, second.weights)[0], toy(*data, *second.weights)[0], rtol=1e-13)
-    assert own_cache.stat().st_mode & 0o077 == 0
 
 
-def test_damaged_store_is_not_loaded(own_cache: Path) -> None:
-    first = toy_graph()
-    first(toy_data(5, 7), first.weights)
-    stored = next(own_cache.glob("*.graph"))
-    content = bytearray(stored.read_bytes())
-    content[len(content) // 2] ^= 1
-    stored.write_bytes(content)
-    second = toy_graph()
-    second(toy_data(5, 7), second.weights)
+def test_stored_graph_of_another_architecture_is_not_loaded(store: Path) -> None:
+    first, second = small_graph(), small_graph(signature="other")
+    first(data(), [WEIGHTS])
+    second(data(), [WEIGHTS])
     assert second.n_compiled == 1
 
 
-def test_directory_of_others_is_not_trusted(own_cache: Path) -> None:
-    own_cache.mkdir()
-    own_cache.chmod(0o777)
-    graph = toy_graph()
-    data = toy_data(3, 4)
-    with pytest.warns(GraphWarning, match="must belong to you and be writable by you alone"):
-        result = graph(data, graph.weights)
-    assert torch.equal(result[0], toy(*data, *graph.weights)[0])
-    assert not graph.is_compiled
-    assert not list(own_cache.iterdir())
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
-def test_graph_that_differs_from_eager_is_dropped(own_cache: Path) -> None:
-    graph = toy_graph()
-    data = toy_data(3, 4)
-    graph(data, graph.weights)
-    graph._compiled, graph._unchecked = (lambda *values: (toy(*values)[0] + 1e-6,)), True
-    with pytest.warns(GraphWarning, match="differs from eager by .* times the accepted tolerance"):
-        result = graph(data, graph.weights)
-    assert torch.equal(result[0], toy(*data, *graph.weights)[0])
-    assert graph.mode == "off"
+@pytest.mark.parametrize(
+    ("pattern", "spoil"),
+    [
+        ("*.graph", flip_byte),
+        ("*.graph", lambda path: path.write_bytes(b"")),
+        ("*.graph", Path.unlink),
+        ("*.json", lambda path: path.write_text(json.dumps({"sha256": "0" * 64}))),
+        ("*.json", lambda path: path.write_text("{")),
+        ("*.json", lambda path: path.write_text("[]")),
+        ("*.json", Path.unlink),
+    ],
+    ids=["flipped", "empty", "no-graph", "wrong-checksum", "broken-record", "odd-record", "no-record"],
+)
+def test_damaged_graph_is_compiled_anew(store: Path, pattern: str, spoil: Callable[[Path], object]) -> None:
+    small_graph()(data(), [WEIGHTS])
+    (path,) = store.glob(pattern)
+    spoil(path)
+    graph = small_graph()
+    require_eager_numbers(graph, data())
+    require_eager_numbers(graph, data(9, 2))
+    assert graph.n_compiled == 1
+    repaired = small_graph()
+    require_eager_numbers(repaired, data())
+    assert repaired.n_compiled == 0
 
 
-def test_background_compilation_takes_over(own_cache: Path) -> None:
-    graph = toy_graph(mode="background")
-    data = toy_data(6, 5)
-    expected = toy(*data, *graph.weights)[0]
-    for _ in range(5):
-        assert torch.allclose(graph(data, graph.weights)[0], expected, rtol=1e-13)
+def test_store_is_made_for_the_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "new" / "cache"
+    monkeypatch.setenv("MTINFER_CACHE", str(directory))
+    monkeypatch.setattr(SharedGraph, "_compile", lambda self, store: self.function)
+    small_graph()(data(), [WEIGHTS])
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+def require_refusal(reason: str) -> None:
+    graph = small_graph()
+    with pytest.warns(GraphWarning, match=reason) as caught:
+        require_eager_numbers(graph, data())
+    assert len(caught) == 1
+    require_eager_numbers(graph, data(3, 3))  # without a second warning
+    assert (graph.n_compiled, graph.is_compiled) == (0, False)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o720, 0o702])
+def test_store_that_others_can_write_is_refused(store: Path, mode: int) -> None:
+    small_graph()(data(), [WEIGHTS])
+    store.chmod(mode)
+    require_refusal("must belong to you and be writable by you alone.*evaluating eagerly")
+
+
+def test_store_of_another_user_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_graph()(data(), [WEIGHTS])
+    monkeypatch.setattr(os, "getuid", lambda: store.stat().st_uid + 1)
+    require_refusal("must belong to you")
+
+
+def test_store_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MTINFER_CACHE", str(tmp_path / "file" / "cache"))
+    require_refusal("could not be compiled .*Error")
+
+
+def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MTINFER_CACHE", str(tmp_path / "mine"))
+    assert cache_directory() == tmp_path / "mine"
+    monkeypatch.delenv("MTINFER_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_directory() == tmp_path / "xdg" / "mtinfer"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / ".cache" / "mtinfer"
+
+
+# --- whatever goes wrong, the answer is right
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    """In a process of its own: the compiler is chosen when torch's package is imported."""
+    script = f"""
+import mtinfer, warnings
+from ase import Atoms
+water = Atoms("OH2", [[0, 0, 0], [0, 0.8, 0.6], [0, -0.8, 0.6]])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", mtinfer.graph.GraphWarning)
+    potential = mtinfer.load({str(SE_E2_A)!r}, compile="wait")
+    energies = [potential.evaluate(water, "water").energy for _ in range(2)]
+eager = mtinfer.load({str(SE_E2_A)!r}, compile=False).evaluate(water, "water").energy
+assert energies == [eager, eager]
+assert potential.graphs_compiled == 0
+print(*(w.message for w in caught if w.category is mtinfer.graph.GraphWarning), sep="\n")
+"""
+    environment = os.environ | {"CXX": "/nonexistent/c++", "MTINFER_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert "could not be compiled" in done.stdout
+    assert "evaluating eagerly" in done.stdout
+
+
+def wrong(x: Tensor, rows: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    picked, gradient = small(x, rows, w)
+    return picked, gradient * (1.0 + 1e-6)
+
+
+def not_a_number(x: Tensor, rows: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    picked, gradient = small(x, rows, w)
+    return picked, gradient * torch.nan
+
+
+def broken(*_: Tensor) -> tuple[Tensor, ...]:
+    raise RuntimeError("no such kernel\nand more")
+
+
+@pytest.mark.parametrize(
+    ("compiled", "reason"),
+    [
+        (wrong, "differs from eager"),
+        (not_a_number, "differs from eager"),
+        (broken, r"the compiled graph failed \(RuntimeError: no such kernel\)"),
+    ],
+)
+def test_self_check(
+    store: Path, monkeypatch: pytest.MonkeyPatch, compiled: Callable[..., tuple[Tensor, ...]], reason: str
+) -> None:
+    monkeypatch.setattr(SharedGraph, "_compile", lambda self, store: compiled)
+    require_refusal(reason)
+
+
+def test_compiler_that_fails(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: SharedGraph, store: object) -> None:
+        raise RuntimeError("internal error\nwith a long story")
+
+    monkeypatch.setattr(SharedGraph, "_compile", fail)
+    require_refusal(r"could not be compiled \(RuntimeError: internal error\); evaluating eagerly")
+
+
+def test_in_the_background(store: Path) -> None:
+    graph = small_graph("background")
+    n_threads = threading.active_count()
+    for _ in range(3):
+        require_eager_numbers(graph, data())
+    assert threading.active_count() == n_threads  # a script with a few calls never compiles
+    require_eager_numbers(graph, data())
     graph.join()
     assert graph.is_compiled
-    assert torch.allclose(graph(data, graph.weights)[0], expected, rtol=1e-13)
+    for n_points in (4, 5):
+        require_eager_numbers(graph, data(n_points))
+    assert graph.n_compiled == 1
 
 
-def test_single_points_do_not_compile(own_cache: Path) -> None:
-    graph = toy_graph(mode="background")
-    graph(toy_data(6, 5), graph.weights)
+def test_background_answers_eagerly_in_the_meantime(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_finish = threading.Event()
+    calls: list[str] = []
+
+    def compiled(*arguments: Tensor) -> tuple[Tensor, ...]:
+        calls.append("compiled")
+        return small(*arguments)
+
+    def compile_slowly(self: SharedGraph, store: object) -> Callable[..., tuple[Tensor, ...]]:
+        assert may_finish.wait(60)
+        return compiled
+
+    monkeypatch.setattr(SharedGraph, "_compile", compile_slowly)
+    graph = small_graph("background")
+    for _ in range(10):
+        require_eager_numbers(graph, data())
+    assert calls == []
+    may_finish.set()
     graph.join()
-    assert not graph.is_compiled
-    assert not own_cache.exists()
+    for _ in range(3):
+        require_eager_numbers(graph, data())
+    assert len(calls) == 3
 
 
-def test_without_a_compiler_it_is_eager_and_says_so(tmp_path: Path) -> None:
-    code = f"""
-    import warnings, ase.io, mtinfer
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        potential = mtinfer.load({str(SE_E2_A)!r}, compile="wait")
-        atoms = ase.io.read({str(DATA / "frames/clusters.extxyz")!r})
-        for _ in range(3):
-            print(potential.evaluate(atoms, "clusters").energy)
-    print([type(w.message).__name__ for w in caught if "eager" in str(w.message)])
-    """
-    environment = {**os.environ, "CXX": "/nonexistent/c++", "PATH": "", "MTINFER_CACHE": str(tmp_path / "c")}
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    *energies, warned = done.stdout.splitlines()
-    assert len(set(energies)) == 1
-    assert warned == "['GraphWarning']"
+def test_graph_that_cannot_be_stored_still_serves(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object, artifact: object, signature: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mtinfer.graph._Store.save", fail)
+    graph = small_graph()
+    with pytest.warns(GraphWarning, match="could not be stored .*No space left"):
+        require_eager_numbers(graph, data())
+    require_eager_numbers(graph, data(3, 2))
+    assert graph.is_compiled
 
 
-@pytest.mark.parametrize("path", [STRIP, SE_E2_A], ids=["dpa1", "se_e2_a"])
-def test_forward_mathematics_stays_on_its_device(path: Path) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def test_self_check_waits_for_a_structure_that_says_something(store: Path) -> None:
+    graph = small_graph()
+    spoiled = (data()[0] * torch.nan, data()[1])
+    for _ in range(2):
+        assert all(torch.isnan(output).any() for output in graph(spoiled, [WEIGHTS]))
+    require_eager_numbers(graph, data())
+    assert graph.is_compiled
 
-    graph = mtinfer.load(path, device="cpu", compile=False).graphs[0]
-    with FakeTensorMode():
-        sizes = {"atoms": 5}
-        data = [
-            torch.empty(
-                [axis if isinstance(axis, int) else sizes.get(axis, 7) for axis in argument.axes],
-                dtype=argument.dtype,
-                device="cuda",
+
+def test_off_never_compiles(store: Path) -> None:
+    graph = small_graph("off")
+    for _ in range(10):
+        require_eager_numbers(graph, data())
+    assert (graph.n_compiled, list(store.glob("*.graph"))) == (0, [])
+
+
+# --- devices
+
+
+def fake_arguments(graph: SharedGraph, device: str) -> list[Tensor]:
+    names = sorted({axis for argument in graph.arguments for axis in argument.axes if isinstance(axis, str)})
+    size = dict(zip(names, range(5, 50), strict=False))
+    shapes = [[size.get(axis, axis) for axis in argument.axes] for argument in graph.arguments]
+    return [
+        torch.empty(shape, dtype=argument.dtype, device=device)
+        for shape, argument in zip(shapes, graph.arguments, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_forward_mathematics_stays_on_its_device(path: Path, eager: Callable[..., Potential]) -> None:
+    """Fake CUDA tensors need no GPU, and mixing devices raises."""
+    for graph in eager(path).graphs:
+        with FakeTensorMode():
+            on_gpu, on_cpu = (
+                [torch.empty(weight.shape, dtype=weight.dtype, device=device) for weight in graph.weights]
+                for device in ("cuda", "cpu")
             )
-            for argument in graph.arguments
-        ]
-        weights = [torch.empty(w.shape, dtype=w.dtype, device="cuda") for w in graph.weights]
-        results = graph.function(*data, *weights)
-        assert {result.device.type for result in results} == {"cuda"}
-        with pytest.raises(RuntimeError, match="device"):
-            graph.function(*data, *[torch.empty(w.shape, dtype=w.dtype) for w in graph.weights])
+            outputs = graph.function(*fake_arguments(graph, "cuda"), *on_gpu)
+            assert {output.device.type for output in outputs} == {"cuda"}
+            with pytest.raises(RuntimeError, match="device"):
+                graph.function(*fake_arguments(graph, "cuda"), *on_cpu)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_prepared_weights_stay_on_their_device(path: Path, eager: Callable[..., Potential]) -> None:
+    """Meta tensors: without a GPU, a CPU build of torch does not index fake CUDA tensors."""
+    for model in {eager(path).head(name).model for name in heads(path)}:
+        weights = {
+            name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            for name, spec in model.parameters().items()
+        }
+        groups = model.prepare(weights)
+        assert {tensor.device.type for group in groups for tensor in group.values()} == {"meta"}

@@ -188,6 +188,14 @@ def test_graph_inputs_concatenate_and_cut() -> None:
     require_same_pairs(in_order([(float(i), float(j), *d) for i, j, d in rows]), in_order(expected))
 
 
+def require_complete(verlet: VerletList, atoms: ase.Atoms) -> None:
+    """Compare the pairs within the cutoff with those of a new search."""
+    new = find_candidates(atoms, verlet.rcut)
+    require_same_pairs(
+        pairs_of(atoms, verlet.candidates(atoms), verlet.rcut), pairs_of(atoms, new, verlet.rcut)
+    )
+
+
 def water_box(seed: int = 0) -> ase.Atoms:
     return random_atoms(seed, 12, np.diag([6.0, 6.5, 7.0]) + 0.3, True)
 
@@ -198,24 +206,22 @@ def test_verlet_list_misses_no_pair_while_atoms_move() -> None:
     velocity = random.normal(0.0, 0.02, (len(atoms), 3))
     for _ in range(n_steps):
         atoms.positions += velocity + random.normal(0.0, 0.01, velocity.shape)
-        require_same_pairs(
-            pairs_of(atoms, verlet.candidates(atoms), 4.0), pairs_of(atoms, find_candidates(atoms, 4.0), 4.0)
-        )
+        require_complete(verlet, atoms)
     assert 1 < verlet.n_searches < n_steps / 5
 
 
-def test_verlet_list_misses_no_pair_while_the_cell_changes() -> None:
+@pytest.mark.parametrize("pbc", [(True, True, True), (True, False, True)], ids=str)
+def test_verlet_list_misses_no_pair_while_the_cell_changes(pbc: tuple[bool, ...]) -> None:
     random = np.random.default_rng(1)
     atoms, verlet, n_steps = water_box(1), VerletList(4.0, 1.0), 150
+    atoms.pbc = pbc
     for step in range(n_steps):
         strain = np.eye(3) + 0.004 * np.sin(0.15 * step) * np.array(
             [[1.0, 0.5, 0], [0, -0.7, 0], [0.3, 0, 0.9]]
         )
         atoms.set_cell(atoms.cell.array @ strain, scale_atoms=True)
         atoms.positions += random.normal(0.0, 0.03, atoms.positions.shape)
-        require_same_pairs(
-            pairs_of(atoms, verlet.candidates(atoms), 4.0), pairs_of(atoms, find_candidates(atoms, 4.0), 4.0)
-        )
+        require_complete(verlet, atoms)
     assert 1 < verlet.n_searches < n_steps / 5
 
 
@@ -228,13 +234,19 @@ def test_verlet_list_follows_pure_strain_without_a_search() -> None:
     assert verlet.n_searches == 1
 
 
+def test_verlet_list_sees_strain_that_uses_up_the_skin() -> None:
+    atoms, verlet = water_box(2), VerletList(4.0, 1.0)
+    verlet.candidates(atoms)
+    atoms.set_cell(atoms.cell.array @ np.diag([1.0, 0.78, 1.0]), scale_atoms=True)
+    require_complete(verlet, atoms)
+    assert verlet.n_searches == 2
+
+
 def test_verlet_list_sees_a_cell_that_changes_under_still_atoms() -> None:
     atoms, verlet = water_box(3), VerletList(4.0, 0.5)
     verlet.candidates(atoms)
     atoms.set_cell(atoms.cell.array * 0.8)
-    require_same_pairs(
-        pairs_of(atoms, verlet.candidates(atoms), 4.0), pairs_of(atoms, find_candidates(atoms, 4.0), 4.0)
-    )
+    require_complete(verlet, atoms)
 
 
 def test_verlet_list_sees_one_atom_jump() -> None:
@@ -253,9 +265,7 @@ def test_verlet_list_sees_another_structure(change: str) -> None:
         atoms.pbc = (True, False, True)
     else:
         atoms = atoms[:-1]
-    require_same_pairs(
-        pairs_of(atoms, verlet.candidates(atoms), 4.0), pairs_of(atoms, find_candidates(atoms, 4.0), 4.0)
-    )
+    require_complete(verlet, atoms)
 
 
 def test_verlet_list_without_skin_searches_at_every_move() -> None:

@@ -179,7 +179,7 @@ class DPA2:
         return displacements, tensors
 
     def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]:
-        """One call for all centres, whatever `split`: padded neighbour matrices of repinit, repformer and three-body block."""
+        """One call for all centres, whatever `split`: a padded neighbour matrix per block."""
         atoms = torch.arange(inputs.n_atoms, device=inputs.types.device)
         counts = torch.bincount(pairs.centers, minlength=inputs.n_atoms)
         layout = self.repinit.layout(inputs, pairs, counts, atoms)

@@ -11,13 +11,10 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..inputs import GraphInputs, ParameterSpec
-from .dpa1 import DPA1
-from .dpa2 import DPA2
-from .dpa3 import DPA3
 from .fitting import EnergyFitting
+from .hybrid import SINGLE, Hybrid
 from .layers import Weights, required
 from .layout import Argument, Layout, Pairs, Selection
-from .se_e2_a import SeE2A
 
 
 class Descriptor(Protocol):
@@ -41,15 +38,7 @@ class Descriptor(Protocol):
 
 
 #: descriptor `type` of a configuration -> class
-_DESCRIPTORS: dict[str, Any] = {
-    "se_e2_a": SeE2A,
-    "se_a": SeE2A,
-    "se_atten": DPA1,
-    "dpa1": DPA1,
-    "se_atten_v2": DPA1,
-    "dpa2": DPA2,
-    "dpa3": DPA3,
-}
+_DESCRIPTORS: dict[str, Any] = {**SINGLE, "hybrid": Hybrid}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..inputs import ParameterSpec
 from .electron_configuration import electron_configuration
 from .layers import Weights, switch
+from .layout import EMPTY_BEYOND
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Environment:
         """
         r = torch.sqrt((displacements * displacements).sum(-1, keepdim=True))
         w = switch(r, self.rcut_smth, self.rcut)
-        mask = (r < 1.5 * self.rcut).to(r.dtype)
+        mask = (r < EMPTY_BEYOND * self.rcut).to(r.dtype)
         inverse = 1.0 / (r + self.protection)
         raw = torch.cat([inverse, displacements * (inverse * inverse)], dim=-1) * w
         return (raw - mean) / stddev * mask, w, mask

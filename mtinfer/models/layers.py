@@ -62,7 +62,7 @@ class _Silu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+        x: Tensor = ctx.saved_tensors[0]
         return gradient * (torch.sigmoid(x) * (1.0 + x * (1.0 - torch.sigmoid(x))))
 
 
@@ -214,7 +214,7 @@ class Network:
         repeats = self.repeats(k)
         if repeats == 2:
             # [x, x] as a broadcast: a concatenation would keep the compiler from vectorising the sum
-            pair = y.unflatten(axis, (2, x.shape[axis])) + x.unsqueeze(axis - 1 if axis < 0 else axis)
+            pair: Tensor = y.unflatten(axis, (2, x.shape[axis])) + x.unsqueeze(axis - 1 if axis < 0 else axis)
             return pair.flatten(-2) if axis == -1 else pair.flatten(axis, axis + 1)
         return y + x if repeats else y
 
@@ -251,12 +251,28 @@ def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     return centred * torch.rsqrt(variance + eps) * scale + shift
 
 
+class _RowSum(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x @ x.new_ones(x.shape[-1], 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x: Tensor = ctx.saved_tensors[0]
+        return gradient.expand_as(x)
+
+
 def row_sum(x: Tensor) -> Tensor:
     """Sum over the last axis, kept as an axis of one.
 
-    A product with ones: the compiler's code for sums along short rows of doubles is slow (torch 2.13).
+    Evaluated as a product with ones: the compiler's code for sums along short rows of doubles is slow
+    (torch 2.13).
     """
-    return x @ x.new_ones(x.shape[-1], 1)
+    return _RowSum.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def safe_norm(x: Tensor) -> Tensor:

@@ -89,8 +89,12 @@ class Selection:
     by_type: bool = False
     exclude: tuple[tuple[int, int], ...] = ()
     pair_exclude: tuple[tuple[int, int], ...] = ()
+    #: slots of the whole list; None: the sum of `sel`
+    total: int | None = None
     #: Å, shorter than that of the inputs
     rcut: float | None = None
+    #: pairs beyond `rcut` stay in the list where it has room; their switch is zero
+    keeps_beyond: bool = False
     #: shorter lists that further blocks of the model see, cut from this one
     inner: tuple[Selection, ...] = ()
     #: whether pairs dropped by `pair_exclude` leave no gap in the list that `inner` is cut from
@@ -101,13 +105,15 @@ class Selection:
         return self._apply(inputs, _Working.start(inputs))
 
     def _apply(self, inputs: GraphInputs, pairs: _Working) -> Pairs:
-        if self.rcut is not None:
+        if self.rcut is not None and not self.keeps_beyond:
             pairs = pairs.within(self.rcut, inputs.displacements)
         truncated = torch.zeros_like(inputs.types, dtype=torch.bool)
         if self.sel is not None:
-            truncated = pairs.counts(inputs.n_atoms) > sum(self.sel)
-            if truncated.any():
-                pairs = pairs.nearest_first(inputs.displacements).keep_ranks(inputs.n_atoms, sum(self.sel))
+            limit = sum(self.sel) if self.total is None else self.total
+            if (pairs.counts(inputs.n_atoms) > limit).any():
+                ordered = pairs.nearest_first(inputs.displacements)
+                pairs, before = ordered.keep_ranks(inputs.n_atoms, limit), pairs
+                truncated = self._has_lost(before, pairs, inputs)
         with_gaps = pairs
         pairs = pairs.without(self._excluded(self.pair_exclude, inputs, pairs))
         inner = tuple(
@@ -116,8 +122,9 @@ class Selection:
         section = inputs.types[pairs.neighbors] if self.by_type else torch.zeros_like(pairs.neighbors)
         n_sections = self.n_types if self.by_type else 1
         if self.by_type and self.sel is not None:
-            pairs, section, cut = pairs.keep_sections(inputs, section, self.sel)
-            truncated = truncated | cut
+            before = pairs
+            pairs, section = pairs.keep_sections(inputs, section, self.sel)
+            truncated = truncated | self._has_lost(before, pairs, inputs)
         n_real = torch.bincount(pairs.centers * n_sections + section, minlength=inputs.n_atoms * n_sections)
         n_real = n_real.reshape(inputs.n_atoms, n_sections)
         pairs = pairs.without(self._excluded(self.exclude, inputs, pairs))
@@ -130,6 +137,12 @@ class Selection:
         for cut_list in inner:
             truncated = truncated | cut_list.truncated
         return Pairs(pairs.centers, pairs.neighbors, pairs.edges, n_empty, n_phantom, truncated, inner)
+
+    def _has_lost(self, before: _Working, after: _Working, inputs: GraphInputs) -> Tensor:
+        """Atoms that have fewer pairs within the cutoff than before, shape (n_atoms,), bool."""
+        if self.rcut is not None:
+            before, after = (pairs.within(self.rcut, inputs.displacements) for pairs in (before, after))
+        return after.counts(inputs.n_atoms) < before.counts(inputs.n_atoms)
 
     def _excluded(
         self, excluded: Iterable[tuple[int, int]], inputs: GraphInputs, pairs: _Working
@@ -176,21 +189,20 @@ class _Working:
 
     def keep_sections(
         self, inputs: GraphInputs, section: Tensor, sel: Sequence[int]
-    ) -> tuple[_Working, Tensor, Tensor]:
-        """Keep the nearest ``sel[t]`` neighbours of each type t; also return which atoms were cut."""
+    ) -> tuple[_Working, Tensor]:
+        """Keep the nearest ``sel[t]`` neighbours of each type t; also return the types of those kept."""
         limits = torch.tensor(sel, device=section.device)
         key = self.centers * len(sel) + section
         counts = torch.bincount(key, minlength=inputs.n_atoms * len(sel)).reshape(-1, len(sel))
-        cut = (counts > limits).any(dim=1)
-        if not cut.any():
-            return self, section, cut
+        if not (counts > limits).any():
+            return self, section
         ordered = self.nearest_first(inputs.displacements)
         section = inputs.types[ordered.neighbors]
         key = ordered.centers * len(sel) + section
         by_key = torch.argsort(key, stable=True)
         kept = torch.empty_like(key, dtype=torch.bool)
         kept[by_key] = ranks(key[by_key], inputs.n_atoms * len(sel)) < limits[section[by_key]]
-        return ordered.take(kept), section[kept], cut
+        return ordered.take(kept), section[kept]
 
 
 def ranks(rows: Tensor, n_rows: int) -> Tensor:
@@ -283,6 +295,13 @@ SLOTS_PER_CALL = 6144
 SLOTS_PER_CALL_ACCELERATOR = 2_000_000
 
 
+#: a slot is empty if its distance is more than this many cutoffs
+EMPTY_BEYOND = 100.0
+
+
 def far_away(displacements: Tensor, rcut: float) -> Tensor:
-    """Displacement for empty slots: beyond the cutoff, where the switch is zero and everything is smooth."""
-    return displacements.new_tensor([2.0 * rcut, 0.0, 0.0])
+    """Displacement for empty slots, beyond what any list of a model with a cutoff `rcut` may hold.
+
+    The switch is zero there and everything is smooth.
+    """
+    return displacements.new_tensor([2.0 * EMPTY_BEYOND * rcut, 0.0, 0.0])

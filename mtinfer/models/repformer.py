@@ -260,7 +260,7 @@ class Repformer:
             scaled = displacements * (mask / o.rcut)
             distance, h2 = safe_norm(scaled), scaled
         else:
-            distance, h2 = rows[..., :1], rows[..., 1:]
+            distance, h2 = torch.split(rows, [1, 3], dim=-1)
         edges = self._edges(w, mask, neighbors, saturated)
         g1 = act(g1)
         g2 = act(distance * weights[f"{_BLOCK}.g2_embd.w"][0] + weights[f"{_BLOCK}.g2_embd.b"])
@@ -324,24 +324,26 @@ class Repformer:
     ) -> list[Tensor]:
         o = self.options
         act = activation(o.activation_function)
-        terms, inputs = [], []
+        terms: list[Tensor] = []
+        inputs: list[Tensor] = []
         (terms if o.g1_out_mlp else inputs).append(
             act(g1 @ own["g1_self_mlp.w"] + own["g1_self_mlp.b"]) if o.g1_out_mlp else g1
         )
         # every sum over neighbours of g1_j times something of the edge, in one product
-        left = h2 * (edges.weight * edges.per_moment)
+        left = [h2 * (edges.weight * edges.per_moment)]
         if o.update_g1_has_conv:
-            left = torch.cat([left, g2 * (edges.weight * edges.per_neighbor)], dim=2)
-        sums = left.transpose(1, 2) @ g1_j
+            left.append(g2 * (edges.weight * edges.per_neighbor))
+        sums = torch.cat(left, dim=2).transpose(1, 2) @ g1_j
+        moment, *rest = torch.split(sums, [x.shape[2] for x in left], dim=1)
         if o.update_g1_has_conv:
             if o.g1_out_conv:
-                terms.append((sums[:, 3:] * own["proj_g1g2.w"]).sum(1))
+                terms.append((rest[0] * own["proj_g1g2.w"]).sum(1))
             else:
-                inputs.append((sums[:, 3:] * own["proj_g1g2.w"].T).sum(2))
+                inputs.append((rest[0] * own["proj_g1g2.w"].T).sum(2))
         if o.update_g1_has_grrg:
-            inputs.append(self._symmetrised(left[..., :3].transpose(1, 2) @ g2))
+            inputs.append(self._symmetrised(left[0].transpose(1, 2) @ g2))
         if o.update_g1_has_drrd:
-            inputs.append(self._symmetrised(sums[:, :3]))
+            inputs.append(self._symmetrised(moment))
         terms.append(act(torch.cat(inputs, dim=1) @ own["linear1.w"] + own["linear1.b"]))
         if o.update_g1_has_attn:
             terms.append(self._local_attention(g1, g1_j, edges, own))

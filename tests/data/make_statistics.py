@@ -1,7 +1,7 @@
 """Statistics of tests/data/frames as deepmd-kit 3.2.0 computes them: makes training/statistics.json.
 
-Runs in an environment that holds deepmd-kit. Every model is trained for one step; what is kept of the file that
-this writes is the mean and the standard deviation of the environment rows, and the energy bias::
+Runs in an environment that holds deepmd-kit. Every model is trained for one step; what is kept of the file
+that this writes is the mean and the standard deviation of the environment rows, and the energy bias::
 
     python tests/data/make_statistics.py [NAME ...]
 """
@@ -17,6 +17,8 @@ import torch
 HERE = Path(__file__).parent
 FRAMES = HERE / "frames"
 TASKS = {"water": 0.7, "copper": 0.3}
+#: one system per task, and its number of frames: as many batches are asked for, so that each is seen once
+SYSTEMS = {"water": ("water/H64O32_96", 4), "copper": ("copper/Cu32_32", 2)}
 DESCRIPTORS = {
     "se_e2_a": {
         "type": "se_e2_a",
@@ -86,7 +88,7 @@ def training_input(descriptor, frames=FRAMES):
                     "type_map": "types",
                     "descriptor": "desc",
                     "fitting_net": fitting,
-                    "data_stat_nbatch": 1000,
+                    "data_stat_nbatch": SYSTEMS[name][1],
                 }
                 for name in TASKS
             },
@@ -101,7 +103,7 @@ def training_input(descriptor, frames=FRAMES):
             "data_dict": {
                 name: {
                     "training_data": {
-                        "systems": sorted(str(path) for path in (frames / name).iterdir()),
+                        "systems": [str(frames / SYSTEMS[name][0])],
                         "batch_size": 1,
                     }
                 }
@@ -115,7 +117,13 @@ def statistics(kind):
     """Statistics of one descriptor: key in the file, relative to the head -> rows, by head."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "input.json").write_text(json.dumps(training_input(DESCRIPTORS[kind])))
-        command = [str(Path(sys.executable).with_name("dp")), "--pt-expt", "train", "input.json", "--skip-neighbor-stat"]
+        command = [
+            str(Path(sys.executable).with_name("dp")),
+            "--pt-expt",
+            "train",
+            "input.json",
+            "--skip-neighbor-stat",
+        ]
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         model = torch.load(Path(folder, "model.ckpt.pt"), weights_only=True)["model"]
     wanted = ("mean", "stddev", "davg", "dstd", "out_bias", "out_std")

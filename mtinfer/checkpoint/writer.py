@@ -1,0 +1,282 @@
+"""Write training checkpoints in either dialect, as deepmd-kit 3.2.0 reads them."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, OutputError, UnsupportedModelError
+from .dialects import CANONICAL, DIALECTS, TABLE, compile_pattern, render
+from .heads import DEFAULT_HEAD
+from .records import Checkpoint, HeadRecord
+
+__all__ = ["convert", "file_key", "training_content", "write_content"]
+
+#: `se_atten` blocks, whose files carry a few tensors that no model reads
+_PAIR_BLOCKS = ("se_atten", "repinit", "repinit_three_body")
+#: values that `pt` takes for a key that the configuration lacks, where `pt_expt` takes others:
+#: (section, type of descriptor or None, key, pt, pt_expt)
+_CLASS_DEFAULTS: tuple[tuple[str, str | None, str, Any, Any], ...] = (
+    ("descriptor", "se_e2_a", "neuron", [25, 50, 100], [24, 48, 96]),
+    ("descriptor", "se_e2_a", "axis_neuron", 16, 8),
+    ("descriptor", "se_atten", "axis_neuron", 16, 8),
+    ("descriptor", "se_atten_v2", "axis_neuron", 16, 8),
+    ("descriptor", "se_atten", "set_davg_zero", True, False),
+    ("descriptor", "se_atten_v2", "set_davg_zero", True, False),
+    ("fitting_net", None, "neuron", [128, 128, 128], [120, 120, 120]),
+)
+
+
+@cache
+def _canonical_rules(dialect: str) -> list[tuple[Any, str]]:
+    column = DIALECTS[dialect].column
+    return [(compile_pattern(row[0], CANONICAL), row[column]) for row in TABLE]
+
+
+def file_key(dialect: str, name: str) -> str:
+    """Key of a weight in a file, relative to its head; the opposite of `dialects.canonical_name`.
+
+    Raises
+    ------
+    KeyError
+        No row of the table has a weight of that name.
+    """
+    for expression, pattern in _canonical_rules(dialect):
+        if match := expression.fullmatch(name):
+            return render(pattern, match.groups(), CANONICAL, DIALECTS[dialect])
+    raise KeyError(name)
+
+
+def head_entries(record: HeadRecord, dialect: str) -> dict[str, torch.Tensor]:
+    """Every key that a file of a dialect holds for a head; networks are listed under both their names."""
+    entries: dict[str, torch.Tensor] = {}
+    copies: dict[str, torch.Tensor] = {}
+    collection = str(DIALECTS[dialect].collection)
+    for name, tensor in record.weights.items():
+        key = file_key(dialect, name)
+        entries[key] = tensor
+        if f".{collection}." in key:
+            copies[key.replace(f".{collection}.", "._networks.", 1)] = tensor
+    return entries | copies | (_masks(record) if dialect == "pt_expt" else _empty_tensors(record))
+
+
+def _masks(record: HeadRecord) -> dict[str, torch.Tensor]:
+    """What a `pt_expt` file holds besides weights: types and pairs that take part, and a flag."""
+    config = record.config
+    descriptor, n_types = config["descriptor"], len(config["type_map"])
+    atoms, pairs = config.get("atom_exclude_types") or [], config.get("pair_exclude_types") or []
+    prefix = "atomic_model."
+    masks = {f"{prefix}fitting_net.emask.type_mask": _type_mask(atoms, n_types)}
+    if atoms:
+        masks[f"{prefix}atom_excl.type_mask"] = _type_mask(atoms, n_types)
+    if pairs:
+        masks[f"{prefix}pair_excl.type_mask"] = _pair_mask(pairs, n_types)
+    own = _pair_mask(descriptor.get("exclude_types") or [], n_types)
+    blocks = {name.split(".")[1] for name in record.weights if name.startswith("descriptor.")}
+    kind = descriptor.get("type", "se_e2_a")
+    for block in (*_PAIR_BLOCKS, "repformers", "repflows"):
+        if block in blocks:
+            masks[f"{prefix}descriptor.{block}.emask.type_mask"] = own
+    if kind == "se_e2_a":
+        masks[f"{prefix}descriptor.emask.type_mask"] = own
+    if kind in ("se_atten", "dpa2"):
+        masks[f"{prefix}descriptor.graph_lower_disabled"] = torch.tensor(record.graph_lower_disabled)
+    if descriptor.get("use_econf_tebd"):
+        from ..models.electron_configuration import electron_configuration
+
+        rows = torch.tensor([electron_configuration(s) for s in config["type_map"]], dtype=torch.float64)
+        weight = record.weights["descriptor.type_embedding.layers.0.w"]
+        masks[f"{prefix}descriptor.type_embedding.econf_tebd"] = rows.to(weight.dtype)
+    return masks
+
+
+def _type_mask(excluded: Sequence[int], n_types: int) -> torch.Tensor:
+    mask = torch.ones(n_types, dtype=torch.int32)
+    mask[list(excluded)] = 0
+    return mask
+
+
+def _pair_mask(excluded: Sequence[Sequence[int]], n_types: int) -> torch.Tensor:
+    mask = torch.ones(n_types + 1, n_types + 1, dtype=torch.int32)
+    for a, b in excluded:
+        mask[a, b] = mask[b, a] = 0
+    return mask.reshape(-1)
+
+
+def _empty_tensors(record: HeadRecord) -> dict[str, torch.Tensor]:
+    """What a `pt` file holds besides weights: tables of a compressed model, empty in this one."""
+    descriptor = "atomic_model.descriptor."
+    empty: dict[str, torch.Tensor] = {}
+    for name, weight in record.weights.items():
+        part, _, leaf = name.removeprefix("descriptor.").rpartition(".")
+        if leaf != "mean" or not name.startswith("descriptor.") or part not in ("", *_PAIR_BLOCKS):
+            continue
+        block = part or "sea"
+        n_nets = len({n.split(".")[2] for n in record.weights if n.startswith("descriptor.embeddings.")}) or 1
+        for k in range(n_nets):
+            empty[f"{descriptor}{block}.compress_info.{k}"] = weight.new_empty(0)
+            empty[f"{descriptor}{block}.compress_data.{k}"] = weight.new_empty(0)
+        if part:
+            empty[f"{descriptor}{block}.type_embd_data"] = weight.new_empty(0)
+    return empty
+
+
+def training_content(
+    heads: Mapping[str, HeadRecord],
+    dialect: str,
+    *,
+    step: int,
+    learning_rate: float,
+    shared_dict: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Entry `model` of a checkpoint.
+
+    Parameters
+    ----------
+    heads
+        heads that share a weight hold the same tensor.
+    step
+        training steps completed.
+    shared_dict
+        as in the training input; None for the file of a single task.
+    """
+    state: OrderedDict[str, Any] = OrderedDict()
+    for name, record in heads.items():
+        for key, tensor in head_entries(record, dialect).items():
+            state[f"model.{name}.{key}"] = tensor.detach()
+    configs = {name: copy.deepcopy(record.config) for name, record in heads.items()}
+    single = shared_dict is None
+    state["_extra_state"] = {
+        "model_params": next(iter(configs.values()))
+        if single
+        else {"shared_dict": copy.deepcopy(dict(shared_dict or {})), "model_dict": configs},
+        # pt counts from the last step, pt_expt counts steps and leaves the learning rate out
+        "train_infos": {"lr": learning_rate, "step": step - 1}
+        if dialect == "pt"
+        else {"lr": 0, "step": step},
+    }
+    return state
+
+
+def write_content(path: Path, content: Mapping[str, Any]) -> None:
+    """Save a checkpoint; it appears under its name only when it is complete.
+
+    Raises
+    ------
+    OutputError
+        The file can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(dict(content), temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as err:
+        raise OutputError(f"{str(path)!r} can't be written: {err}") from err
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def convert(
+    checkpoint: Checkpoint,
+    path: Path,
+    dialect: str,
+    *,
+    heads: Sequence[str] | None = None,
+    force: bool = False,
+) -> list[str]:
+    """Write heads of a loaded file as a training checkpoint of a dialect, without optimizer state.
+
+    Parameters
+    ----------
+    heads
+        names or aliases; None for all that can be evaluated.
+    force
+        whether to replace an existing file.
+
+    Returns
+    -------
+    list of str
+        One sentence for every head whose numbers change, because the dialects count neighbours differently.
+
+    Raises
+    ------
+    OutputError
+        The file exists, or can't be written.
+    UnsupportedModelError
+        A head that was asked for is not supported.
+    """
+    path = Path(path)
+    if dialect not in DIALECTS:
+        raise OutputError(f"dialect {dialect!r} is unknown; known are {', '.join(DIALECTS)}")
+    if path.exists() and (not force or (checkpoint.path.exists() and path.samefile(checkpoint.path))):
+        raise OutputError(f"{str(path)!r} exists and is kept; choose another output or pass --force")
+    if not path.parent.is_dir():
+        raise OutputError(f"{str(path)!r} can't be written: the folder {str(path.parent)!r} does not exist")
+    names = heads if heads is not None else [n for n, r in checkpoint.heads.items() if r.refused is None]
+    records = {record.name: record for record in map(checkpoint.head, names)}
+    if not records:
+        raise UnsupportedModelError(f"{str(checkpoint.path)!r} has no head that can be written")
+    written = {name: _translated(record, checkpoint.dialect, dialect) for name, record in records.items()}
+    single = list(checkpoint.heads) == [DEFAULT_HEAD]
+    state = training_content(
+        written,
+        dialect,
+        step=checkpoint.step or 0,
+        learning_rate=0.0,
+        shared_dict=None if single else {},
+    )
+    write_content(path, {"model": state})
+    if checkpoint.dialect == dialect:
+        return []
+    return [note for record in records.values() for note in _changes(record, checkpoint.dialect)]
+
+
+def _translated(record: HeadRecord, source: str, target: str) -> HeadRecord:
+    """Return the head with everything spelled out that the two dialects understand differently."""
+    if source == target:
+        return record
+    config = copy.deepcopy(record.config)
+    for section, kind, key, of_pt, of_expt in _CLASS_DEFAULTS:
+        if kind in (None, config["descriptor"].get("type", "se_e2_a")):
+            config[section].setdefault(key, of_pt if source == "pt" else of_expt)
+    # the neighbour list of pt stays that of the head
+    dense = record.graph_lower_disabled or source == "pt"
+    return HeadRecord(record.name, record.aliases, config, record.weights, dense, record.refused)
+
+
+def _changes(record: HeadRecord, source: str) -> Iterator[str]:
+    kind = record.config["descriptor"].get("type", "se_e2_a")
+    if (
+        source == "pt_expt"
+        and kind in ("se_atten", "se_atten_v2", "dpa2")
+        and not record.graph_lower_disabled
+    ):
+        yield (
+            f"head {record.name!r}: pt keeps the nearest 'sel' neighbours and counts empty slots, pt_expt "
+            "does neither; energies differ where that matters"
+        )
+    if source == "pt" and kind == "se_atten_v2":
+        yield (
+            f"head {record.name!r}: pt_expt can't keep the neighbour list of pt for se_atten_v2, and "
+            "energies differ where it matters"
+        )
+
+
+def check_no_debris(content: Mapping[str, Any]) -> None:
+    """Refuse content that holds a compiled graph's keys; no writer may ever make them."""
+    for key in content["model"]:
+        segments = str(key).split(".")[2:]
+        if any(
+            s in ("original_model", "compiled_forward_lower", "_orig_mod") or s[:6] == "_task_"
+            for s in segments
+        ):
+            raise CheckpointError(f"the weight {key!r} belongs to a compiled graph and must not be written")

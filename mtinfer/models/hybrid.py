@@ -1,0 +1,243 @@
+"""Descriptor `hybrid`: the outputs of several descriptors side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from ..inputs import GraphInputs, ParameterSpec
+from .dpa1 import DPA1
+from .dpa2 import DPA2
+from .dpa3 import DPA3
+from .gather import Index, gather
+from .layers import Weights, required
+from .layout import Argument, Layout, Pairs, Selection
+from .se_e2_a import SeE2A
+
+#: descriptor `type` of a configuration -> class, for all that stand on their own
+SINGLE: dict[str, Any] = {
+    "se_e2_a": SeE2A,
+    "se_a": SeE2A,
+    "se_atten": DPA1,
+    "dpa1": DPA1,
+    "se_atten_v2": DPA1,
+    "dpa2": DPA2,
+    "dpa3": DPA3,
+}
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Descriptor `hybrid`.
+
+    A graph holds each member once. Where a member with one weight group per centre type (se_e2_a) stands
+    beside one with a single group, the graph holds it once per centre type, and an index puts the rows
+    back into the order of the atoms.
+    """
+
+    members: tuple[Any, ...]
+    n_types: int
+    selection: Selection = field(repr=False)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        type_map: Sequence[str],
+        pair_exclude: tuple[tuple[int, int], ...],
+        pt: bool,
+        graph: bool,
+    ) -> Hybrid:
+        """Read a descriptor configuration; `graph` is never set, since a hybrid always truncates."""
+        del graph
+        members = tuple(
+            _class(entry).from_config(entry, type_map=type_map, pair_exclude=pair_exclude, pt=pt, graph=False)
+            for entry in required(config, "list", "hybrid")
+        )
+        if not members:
+            raise UnsupportedModelError("a hybrid descriptor without members is not supported")
+        sel = _slots(members)
+        selection = Selection(
+            len(type_map),
+            (sel,),
+            pair_exclude=pair_exclude,
+            inner=tuple(_from_common_list(member, sel) for member in members),
+            closes_gaps=not pt,
+        )
+        return cls(members, len(type_map), selection)
+
+    @property
+    def mixed_types(self) -> bool:
+        """Whether one fitting net serves all types: as soon as one member has mixed types."""
+        return any(member.mixed_types for member in self.members)
+
+    @property
+    def rcut(self) -> float:
+        return float(max(member.rcut for member in self.members))
+
+    @property
+    def width(self) -> int:
+        """Width of the descriptor of one atom."""
+        return sum(member.width for member in self.members)
+
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """Return name -> shape and dtype of every weight."""
+        return {
+            _stored(i) + name.removeprefix("descriptor."): spec
+            for i, member in enumerate(self.members)
+            for name, spec in member.parameters().items()
+        }
+
+    def prepare(self, weights: Weights) -> list[dict[str, Tensor]]:
+        """Weights for the graph: a single group, or one per centre type."""
+        groups: list[dict[str, Tensor]] = [{} for _ in range(1 if self.mixed_types else self.n_types)]
+        for i, member in enumerate(self.members):
+            for c, own in enumerate(member.prepare(_renamed(weights, _stored(i)))):
+                prefix, group = (_part(i, c), groups[0]) if self.mixed_types else (_part(i, 0), groups[c])
+                group |= {prefix + name.removeprefix("descriptor."): tensor for name, tensor in own.items()}
+        return groups
+
+    def _calls(self) -> Iterator[tuple[int, Any, list[int]]]:
+        """Position, member, and the centre types that it is called for one by one; [0] for all at once."""
+        for i, member in enumerate(self.members):
+            by_type = self.mixed_types and not member.mixed_types
+            yield i, member, list(range(self.n_types)) if by_type else [0]
+
+    def arguments(self) -> tuple[list[Argument], list[Argument]]:
+        """Displacement arrays and further arguments of the graph; see `__call__`."""
+        displacements: list[Argument] = []
+        tensors: list[Argument] = []
+        for i, member, parts in self._calls():
+            for c in parts:
+                atoms = "atoms" if len(parts) == 1 else f"atoms of type {c}"
+                for known, own in zip((displacements, tensors), member.arguments(), strict=True):
+                    known += [_within_member(argument, i, c, atoms) for argument in own]
+            if len(parts) > 1:
+                tensors += [Argument(("atoms",), torch.int64)] * len(Index._fields)
+        return displacements, tensors
+
+    def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]:
+        """One call for all centres, or one per centre type, whatever `split`."""
+        own = [
+            member.layouts(inputs, listed, split=False)
+            for member, listed in zip(self.members, pairs.inner, strict=True)
+        ]
+        if not self.mixed_types:
+            return [_joined(parts, parts[0].atoms) for parts in zip(*own, strict=True)]
+        atoms = torch.arange(inputs.n_atoms, device=inputs.types.device)
+        joined = []
+        for (_, _, parts), layouts in zip(self._calls(), own, strict=True):
+            layout = _joined(layouts, atoms)
+            if len(parts) > 1:
+                row = torch.argsort(torch.cat([part.atoms for part in layouts]))
+                layout = replace(layout, tensors=(*layout.tensors, *Index.of(row, inputs.n_atoms)))
+            joined.append(layout)
+        return [replace(_joined(joined, atoms), group=0)]
+
+    def __call__(
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
+    ) -> tuple[Tensor, Tensor]:
+        """Descriptor of every centre.
+
+        Parameters
+        ----------
+        displacements, tensors
+            those of every member in turn; of a member that is called once per centre type, those of every
+            call, and then the `Index` of each atom's row in their joined results.
+
+        Returns
+        -------
+        descriptor, shape (n, width), float64, and types, shape (n,)
+        """
+        vectors, values = iter(displacements), iter(tensors)
+        outputs, types = [], torch.empty(0, dtype=torch.int64)
+        for i, member, parts in self._calls():
+            n_vectors, n_values = (len(own) for own in member.arguments())
+            features = []
+            for c in parts:
+                own_vectors = tuple(next(vectors) for _ in range(n_vectors))
+                own_values = tuple(next(values) for _ in range(n_values))
+                result, of_rows = member(own_vectors, own_values, _renamed(weights, _part(i, c)))
+                features.append(result.to(torch.float64))
+            if len(parts) > 1:
+                outputs.append(gather(torch.cat(features), Index(*(next(values) for _ in Index._fields))))
+            else:
+                outputs.append(features[0])
+                types = of_rows
+        return torch.cat(outputs, dim=1), types
+
+
+def _class(config: Mapping[str, Any]) -> Any:
+    kind = config.get("type", "se_e2_a")
+    if kind not in SINGLE:
+        raise UnsupportedModelError(
+            f"member {kind!r} of a hybrid descriptor is not supported; "
+            f"supported are {', '.join(sorted(SINGLE))}"
+        )
+    return SINGLE[kind]
+
+
+def _slots(members: Sequence[Any]) -> int:
+    """Length of the common neighbour list."""
+    sels = [member.selection.sel for member in members]
+    if any(member.mixed_types for member in members):
+        return int(max(sum(sel) for sel in sels))
+    return int(sum(map(max, zip(*sels, strict=True))))
+
+
+def _from_common_list(member: Any, sel: int) -> Selection:
+    """Selection of a member, cut from the common list, which reaches as far as the longest cutoff."""
+    selection: Selection = member.selection
+    # DPA-2 drops what lies beyond its cutoff; in other members it takes the place of an empty slot
+    return replace(
+        selection,
+        rcut=member.rcut,
+        keeps_beyond=not isinstance(member, DPA2),
+        total=sel if selection.by_type else None,
+    )
+
+
+def _stored(i: int) -> str:
+    """Prefix of a member's weights in a file."""
+    return f"descriptor.descrpt_list.{i}."
+
+
+def _part(i: int, c: int) -> str:
+    """Prefix of a member's weights in the graph, for centre type `c` where it has a group per type."""
+    return f"descriptor.descrpt_list.{i}.part.{c}."
+
+
+def _renamed(weights: Weights, prefix: str) -> dict[str, Tensor]:
+    """Weights of one member, named as if it stood alone."""
+    return {
+        "descriptor." + name.removeprefix(prefix): tensor
+        for name, tensor in weights.items()
+        if name.startswith(prefix)
+    }
+
+
+def _within_member(argument: Argument, i: int, c: int, atoms: str) -> Argument:
+    """Rename the axes of a member's argument so that only the atoms are those of other members."""
+    names = {"atoms": atoms}
+    axes = (
+        names.get(axis, f"{axis} of member {i}, part {c}") if isinstance(axis, str) else axis
+        for axis in argument.axes
+    )
+    return replace(argument, axes=tuple(axes))
+
+
+def _joined(layouts: Sequence[Layout], atoms: Tensor) -> Layout:
+    """Arguments of several layouts one after the other."""
+    return Layout(
+        group=layouts[0].group,
+        displacements=tuple(array for layout in layouts for array in layout.displacements),
+        tensors=tuple(tensor for layout in layouts for tensor in layout.tensors),
+        blocks=tuple(block for layout in layouts for block in layout.blocks),
+        atoms=atoms,
+    )

@@ -1,0 +1,231 @@
+"""A batch as the compiled step takes it: labelled frames, padded neighbour arrays, and where sums go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import Frame
+from ..errors import DataError, nearest
+from ..inputs import GraphInputs
+from ..models import EnergyModel
+from ..models.gather import Index
+from ..models.layout import Argument, Layout
+from ..neighbors import Candidates, find_candidates, graph_inputs
+
+__all__ = ["Batch", "Labels", "arguments", "make_batch"]
+
+
+class Labels(NamedTuple):
+    """Labels of a batch, and the weight of every squared error in the loss.
+
+    All normalisation and all prefactors are in the weights, so that they are data for the compiled step; a
+    label that a frame lacks has weight zero.
+    """
+
+    #: (n_frames,), eV
+    energy: Tensor
+    energy_weight: Tensor
+    #: (n_atoms, 3), eV/Å, and (n_atoms,)
+    forces: Tensor
+    force_weight: Tensor
+    #: (n_frames, 9), eV, and (n_frames,)
+    virial: Tensor
+    virial_weight: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Frames of one task, ready for a step."""
+
+    #: arguments of the graph that depend on structures alone, as `arguments` declares them
+    structure: tuple[Tensor, ...]
+    #: energies, forces and virials of the frames; zeros where `has` says that there is none
+    energy: Tensor
+    forces: Tensor
+    virial: Tensor
+    #: (n_frames, 3) float64, 1 where a frame has an energy, forces, a virial
+    has: Tensor
+    #: (n_frames,) float64, atoms that count in the loss
+    n_atoms: Tensor
+    #: (n_atoms,) int64
+    frames: Tensor
+    #: (n_atoms,) float64, 0 for atoms of excluded types
+    counted: Tensor
+    #: atoms with more neighbours than the model keeps
+    n_truncated: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the arrays."""
+        return sum(x.numel() * x.element_size() for x in (*self.structure, self.forces))
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to `device`."""
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in ("energy", "forces", "virial", "has", "n_atoms", "frames", "counted")
+        }
+        return replace(self, structure=tuple(x.to(device) for x in self.structure), **moved)
+
+
+def arguments(model: EnergyModel) -> list[Argument]:
+    """Declare the arguments of the step that depend on structures alone, as `Batch.structure` orders them."""
+    displacements, tensors = model.arguments()
+    index = torch.int64
+    declared = []
+    for call in range(n_calls(model)):
+        own = [_renamed(argument, call) for argument in (*displacements, *tensors)]
+        blocks = [Argument(argument.axes[:-1], index) for argument in own[: len(displacements)]]
+        declared += [*own, Argument((f"atoms in call {call}",), index), *blocks, *blocks]
+    for entries, rows in (("ends", "all atoms"), ("all slots", "frames"), ("all rows", "frames")):
+        declared += [Argument((entries,), index), Argument((rows,), index)]
+    return [*declared, Argument(("all atoms",), index)]
+
+
+def _renamed(argument: Argument, call: int) -> Argument:
+    axes = tuple(f"{axis} in call {call}" if isinstance(axis, str) else axis for axis in argument.axes)
+    return Argument(axes, argument.dtype)
+
+
+def n_calls(model: EnergyModel) -> int:
+    """How often a step calls the model: once per weight group."""
+    return 1 if model.descriptor.mixed_types else len(model.type_map)
+
+
+def make_batch(frames: Sequence[Frame], model: EnergyModel, default_fparam: Tensor | None) -> Batch:
+    """Build a batch of frames of any sizes.
+
+    Parameters
+    ----------
+    default_fparam
+        shape (numb_fparam,), for frames that carry none; None where the model has no default.
+
+    Raises
+    ------
+    DataError
+        An element is not in the type map, or a frame lacks a parameter that the model needs.
+    """
+    inputs = frame_inputs(frames, model, default_fparam)
+    layouts, n_truncated = model.layouts(inputs, split=False)
+    counted = torch.ones(len(model.type_map), dtype=torch.float64)
+    counted[list(model.atom_exclude_types)] = 0.0
+    counted = counted[inputs.types]
+    return Batch(
+        structure=_structure(layouts, inputs),
+        energy=torch.tensor([frame.energy or 0.0 for frame in frames], dtype=torch.float64),
+        forces=torch.from_numpy(
+            np.concatenate([np.zeros((len(f.atoms), 3)) if f.forces is None else f.forces for f in frames])
+        ),
+        virial=torch.from_numpy(
+            np.stack([np.zeros(9) if f.virial is None else f.virial.reshape(9) for f in frames])
+        ),
+        has=torch.tensor(
+            [[label is not None for label in (f.energy, f.forces, f.virial)] for f in frames],
+            dtype=torch.float64,
+        ),
+        n_atoms=torch.zeros(len(frames), dtype=torch.float64).index_add_(0, inputs.frames, counted),
+        frames=inputs.frames,
+        counted=counted,
+        n_truncated=n_truncated,
+    )
+
+
+def frame_inputs(
+    frames: Sequence[Frame], model: EnergyModel, default_fparam: Tensor | None = None
+) -> GraphInputs:
+    """All pairs of some frames within the cutoff of a model; see `make_batch`."""
+    atoms = [frame.atoms for frame in frames]
+    fitting = model.fitting
+    return graph_inputs(
+        atoms,
+        [_candidates(frame, model.rcut) for frame in frames],
+        [type_indices(frame, model.type_map) for frame in frames],
+        model.rcut,
+        fparam=torch.tensor(np.stack([_fparam(f, fitting.numb_fparam, default_fparam) for f in frames])),
+        aparam=torch.tensor(np.concatenate([_aparam(frame, fitting.numb_aparam) for frame in frames])),
+        charge_spin=torch.tensor(
+            [_charge_spin(frame, getattr(model.descriptor, "default_chg_spin", None)) for frame in frames],
+            dtype=torch.float64,
+        ),
+    )
+
+
+def _candidates(frame: Frame, rcut: float) -> Candidates:
+    return find_candidates(frame.atoms, rcut)
+
+
+def type_indices(frame: Frame, type_map: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Index into the type map of every atom."""
+    index = {symbol: k for k, symbol in enumerate(type_map)}
+    names = frame.atoms.get_chemical_symbols()
+    for symbol in names:
+        if symbol not in index:
+            raise DataError(
+                f"{frame.name}: has the element {symbol}, which is not in the type map "
+                f"{', '.join(type_map)}{nearest(symbol, type_map)}"
+            )
+    return np.array([index[name] for name in names], dtype=np.int64)
+
+
+def _fparam(frame: Frame, size: int, default: Tensor | None) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    if not size:
+        return np.zeros(0)
+    value = frame.atoms.info.get("fparam", None if default is None else default.tolist())
+    if value is None or np.size(value) != size:
+        raise DataError(f"{frame.name}: fparam is {value}; the model needs {size} numbers per frame")
+    return np.asarray(value, dtype=np.float64).reshape(size)
+
+
+def _aparam(frame: Frame, size: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    shape = (len(frame.atoms), size)
+    value = frame.atoms.arrays.get("aparam") if size else np.zeros(shape)
+    if value is None or np.size(value) != shape[0] * size:
+        raise DataError(f"{frame.name}: aparam is missing or of another shape; the model needs {shape}")
+    return np.asarray(value, dtype=np.float64).reshape(shape)
+
+
+def _charge_spin(frame: Frame, default: tuple[float, float] | None) -> tuple[float, float]:
+    charge, spin = default or (0.0, 0.0)
+    info = frame.atoms.info
+    return float(info.get("charge", charge)), float(info.get("spin", spin))
+
+
+def _structure(layouts: Sequence[Layout], inputs: GraphInputs) -> tuple[Tensor, ...]:
+    arrays: list[Tensor] = []
+    centers, neighbors, atoms = [], [], []
+    for layout in layouts:
+        arrays += [*layout.displacements, *layout.tensors, layout.atoms]
+        ends = [
+            [
+                _on_slots(array, block.slots, which[block.edges])
+                for array, block in zip(layout.displacements, layout.blocks, strict=True)
+            ]
+            for which in (inputs.centers, inputs.neighbors)
+        ]
+        arrays += [*ends[0], *ends[1]]
+        centers += [end.reshape(-1) for end in ends[0]]
+        neighbors += [end.reshape(-1) for end in ends[1]]
+        atoms.append(layout.atoms)
+    of_slots = torch.cat(centers)
+    both = torch.cat([of_slots, *neighbors])
+    for rows, n in (
+        (both, inputs.n_atoms),
+        (inputs.frames[of_slots], inputs.n_frames),
+        (inputs.frames[torch.cat(atoms)], inputs.n_frames),
+    ):
+        arrays += Index.of(rows, n)[1:]
+    return (*arrays, inputs.frames)
+
+
+def _on_slots(displacements: Tensor, slots: Tensor, values: Tensor) -> Tensor:
+    """Values of the pairs on the slots of an array; an empty slot, whose gradient is zero, names atom 0."""
+    shape = displacements.shape[:-1]
+    placed = values.new_zeros(displacements.numel() // 3)
+    placed[slots] = values
+    return placed.reshape(shape)

@@ -1,0 +1,186 @@
+"""Commands `train` and `verify`; like all commands they parse, call the package and print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .ranks import Ranks
+    from .trainer import Shown, Trainer
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("input_file", metavar="INPUT", type=_FILE)
+@click.option("--check", is_flag=True, help="Check the input, print the plan, and train nothing.")
+@click.option("--output", type=_FILE, default=Path(), help="Folder for checkpoints and curves  [default: .].")
+@click.option("--resume", type=_FILE, help="Go on from this checkpoint of the same input.")
+@click.option("--finetune", type=_FILE, help="Start from a head of this checkpoint.")
+@click.option("--head", "--model-branch", help="Head to start from (with --finetune).")
+@click.option("--steps", type=click.IntRange(min=1), help="Number of steps  [default: that of the input].")
+@click.option("--device", help="Torch device  [default: cuda where there is one, else cpu].")
+@click.option(
+    "--compile",
+    "compile_",
+    type=click.Choice(["on", "off"]),
+    default="on",
+    show_default=True,
+    help="Compile one step per architecture.",
+)
+@click.option(
+    "--dialect",
+    type=click.Choice(["pt_expt", "pt"]),
+    default="pt_expt",
+    show_default=True,
+    help="Backend whose neighbour lists are used, and that reads the checkpoints.",
+)
+def train(
+    input_file: Path,
+    check: bool,
+    output: Path,
+    resume: Path | None,
+    finetune: Path | None,
+    head: str | None,
+    steps: int | None,
+    device: str | None,
+    compile_: str,
+    dialect: str,
+) -> None:
+    """Train all tasks of INPUT, a deepmd-kit training input, through one compiled step.
+
+    Writes checkpoints that deepmd-kit reads, lcurve.csv and a picture per task. Ctrl-C writes a checkpoint
+    and ends; --resume goes on from it. Under torchrun, several processes train together.
+    """
+    import torch
+
+    from .config import read_config
+    from .plan import describe_plan, make_plan
+    from .ranks import Ranks
+    from .trainer import Start, Trainer
+
+    if resume is not None and finetune is not None:
+        raise click.UsageError("--resume and --finetune exclude each other")
+    plan = make_plan(read_config(input_file), dialect=dialect, n_steps=steps)
+    if check:
+        click.echo("\n".join(describe_plan(plan)))
+        return
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ConfigError(f"{str(output)!r} can't be a folder: {err.strerror}") from err
+    ranks = Ranks.join(where)
+    try:
+        if ranks.is_first:
+            click.echo("\n".join(describe_plan(plan)))
+        start = Start(resume, finetune, head)
+        mode: Any = "wait" if compile_ == "on" else "off"
+        trainer = Trainer(plan, output, start=start, mode=mode, device=where, ranks=ranks)
+        finished = _run(trainer, plan, ranks)
+    finally:
+        ranks.leave()
+    if ranks.is_first:
+        newest = trainer.keeper.written()[-1]
+        click.echo(
+            f"wrote {newest}"
+            if finished
+            else f"stopped at step {trainer.step}; resume with --resume {newest}"
+        )
+    if not finished:
+        raise SystemExit(130)
+
+
+def _run(trainer: Trainer, plan: Plan, ranks: Ranks) -> bool:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, disable=not (console.is_terminal and ranks.is_first)
+    ) as progress:
+        total = plan.schedule.n_steps
+        bar = progress.add_task("compiling", total=total, completed=trainer.step, rate="")
+
+        def tick(step: int) -> None:
+            speed = progress.tasks[0].speed
+            rate = f"{speed:.1f} steps/s" if speed else ""
+            progress.update(bar, completed=step, description="training", rate=rate)
+
+        def shown(report: Shown) -> None:
+            for line in report_lines(report):
+                progress.console.print(line, highlight=False) if console.is_terminal else click.echo(line)
+
+        return trainer.run(shown=shown, tick=tick)
+
+
+def report_lines(report: Shown) -> list[str]:
+    """One line per task: step, learning rate, and root mean square errors of training and validation."""
+    lines = []
+    for task, pair in report.errors.items():
+        parts = [f"step {report.step:>8}  lr {report.lr:.2e}  {task:<12}"]
+        for name, errors in zip(("train", "valid"), pair, strict=True):
+            if errors is not None:
+                units = zip("EFV", errors.rmse, strict=True)
+                numbers = "  ".join(f"{symbol} {value:.3e}" for symbol, value in units if value is not None)
+                parts.append(f"{name} {numbers}")
+        lines.append("  ".join(parts))
+    return lines
+
+
+@click.command()
+@click.argument("checkpoint", type=_FILE)
+@click.option(
+    "--data", type=_FILE, multiple=True, help="Structures (repeat for several)  [default: made up]."
+)
+@click.option(
+    "--head", "--model-branch", "heads", multiple=True, help="Head (repeat for several)  [default: all]."
+)
+@click.option(
+    "--compile",
+    "compile_",
+    type=click.Choice(["on", "off"]),
+    default="on",
+    show_default=True,
+    help="Compile, too.",
+)
+def verify(checkpoint: Path, data: tuple[Path, ...], heads: tuple[str, ...], compile_: str) -> None:
+    """Evaluate heads of CHECKPOINT in several ways and compare the numbers.
+
+    The function that training differentiates, eager evaluation, the compiled graph, and deepmd-kit where it
+    can be imported. Exits with 1 where they differ beyond the precision of the model.
+    """
+    from rich.console import Console
+
+    from ..data import read_frames
+    from .verify import table
+    from .verify import verify as compare
+
+    frames = read_frames(data) if data else None
+    found = list(compare(checkpoint, frames, heads=heads or None, compiled=compile_ == "on"))
+    Console(width=None if sys.stdout.isatty() else 120).print(table(found))
+    if not all(difference.accepted for difference in found):
+        names = sorted({difference.head for difference in found if not difference.accepted})
+        raise TrainingError(f"the ways of evaluation differ for {', '.join(names)}; please report this")

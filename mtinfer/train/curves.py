@@ -1,0 +1,89 @@
+"""Learning curves: a table in a file, and a picture for each task."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError
+from .loss import Errors
+
+__all__ = ["COLUMNS", "LearningCurve"]
+
+_QUANTITIES = ("energy", "force", "virial")
+COLUMNS = (
+    "step",
+    "task",
+    "lr",
+    *(f"rmse_{quantity}_{kind}" for kind in ("train", "valid") for quantity in _QUANTITIES),
+    "seconds",
+)
+_LABELS = ("energy per atom (eV)", "force (eV/Å)", "virial per atom (eV)")
+
+
+class LearningCurve:
+    """File ``lcurve.csv``: a row for every task at every display.
+
+    Training errors are those of all batches since the display before; validation errors are those of the
+    task's validation batches. Root mean squares: energy per atom (eV), force component (eV/Å), virial per
+    atom (eV); empty where there is no label.
+
+    Parameters
+    ----------
+    path
+        file; rows up to `step` are kept, as a resumed run goes on from there.
+    """
+
+    def __init__(self, path: Path, *, step: int) -> None:
+        self.path = path
+        kept = [row for row in read_curve(path) if int(row["step"]) <= step] if step and path.exists() else []
+        try:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(kept)
+        except OSError as err:
+            raise OutputError(f"{str(path)!r} can't be written: {err.strerror}") from err
+
+    def add(self, step: int, task: str, lr: float, seconds: float, errors: Sequence[Errors | None]) -> None:
+        """Append a row; `errors` are those of training and of validation."""
+        values = [value for found in errors for value in (found.rmse if found else (None,) * 3)]
+        row = [step, task, f"{lr:.6g}", *("" if v is None else f"{v:.6g}" for v in values), f"{seconds:.3f}"]
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(row)
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """Rows of a learning curve."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def plot_curve(path: Path, task: str, picture: Path) -> None:
+    """Draw the learning curve of one task as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in read_curve(path) if row["task"] == task]
+    steps = [int(row["step"]) for row in rows]
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, (quantity, label) in enumerate(zip(_QUANTITIES, _LABELS, strict=True), start=1):
+        axes = figure.add_subplot(1, 3, panel)
+        for kind, style in (("train", "-"), ("valid", "--")):
+            points = [
+                (step, float(row[f"rmse_{quantity}_{kind}"]))
+                for step, row in zip(steps, rows, strict=True)
+                if row[f"rmse_{quantity}_{kind}"]
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, marker=".", label=kind)
+                axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.set_title(label, fontsize="medium")
+        if axes.lines:
+            axes.legend()
+    figure.suptitle(task)
+    figure.savefig(picture, dpi=120)

@@ -1,0 +1,102 @@
+"""Loss of a task: squared errors of energy, forces and virial, with prefactors tied to the learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import Batch, Labels
+
+__all__ = ["Errors", "LossConfig"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Loss `ener` with mean squared errors; prefactors of energy, forces and virial."""
+
+    #: at the first step
+    start: tuple[float, float, float]
+    #: approached as the learning rate goes to zero
+    limit: tuple[float, float, float]
+    #: divide energy and virial terms by the number of atoms squared instead of the number
+    intensive: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> LossConfig:
+        """Read a completed section."""
+        start, limit = (
+            tuple(float(config[f"{edge}_pref_{label}"]) for label in "efv") for edge in ("start", "limit")
+        )
+        return cls(start, limit, bool(config["intensive_ener_virial"]))  # type: ignore[arg-type]
+
+    def labels(self, batch: Batch, ratio: float) -> Labels:
+        """Labels of a batch with the weight of every squared error.
+
+        p_E·mean_f(ΔE²/N^q) + p_F·Σ|ΔF|²/(3 Σ_f N) + p_V·mean_f(mean_9(ΔW²)/N^q), where q is 2 for an
+        intensive loss and else 1, and the means run over the frames of the batch.
+
+        Parameters
+        ----------
+        ratio
+            learning rate of the step over that at the start.
+        """
+        factors = [
+            limit + (start - limit) * ratio for start, limit in zip(self.start, self.limit, strict=True)
+        ]
+        p_energy, p_forces, p_virial = factors
+        n_frames = len(batch.energy)
+        per_frame = batch.n_atoms.clamp(min=1.0) ** (-2.0 if self.intensive else -1.0) / n_frames
+        has_energy, has_forces, has_virial = batch.has.unbind(1)
+        n_forces = (batch.n_atoms * has_forces).sum().clamp(min=1.0)
+        return Labels(
+            energy=batch.energy,
+            energy_weight=p_energy * has_energy * per_frame,
+            forces=batch.forces,
+            force_weight=p_forces / (3.0 * n_forces) * has_forces[batch.frames] * batch.counted,
+            virial=batch.virial,
+            virial_weight=p_virial / 9.0 * has_virial * per_frame,
+        )
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Sums of squared errors, that add up over batches."""
+
+    #: (3,), Σ(ΔE/N)², Σ|ΔF|², Σ(ΔW/N)²
+    squares: Tensor
+    #: (3,), terms in each sum
+    counts: Tensor
+
+    @classmethod
+    def none(cls) -> Errors:
+        """Return the errors of no batch."""
+        return cls(torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+
+    @classmethod
+    def of(cls, batch: Batch, energy: Tensor, forces: Tensor, virial: Tensor) -> Errors:
+        """Compare predictions with the labels that the batch has."""
+        per_atom = 1.0 / batch.n_atoms.clamp(min=1.0)
+        counted = batch.has[:, 1][batch.frames] * batch.counted
+        squares = [
+            (((energy - batch.energy) * per_atom) ** 2 * batch.has[:, 0]).sum(),
+            ((forces - batch.forces) ** 2 * counted.unsqueeze(1)).sum(),
+            (((virial - batch.virial) * per_atom.unsqueeze(1)) ** 2 * batch.has[:, 2:]).sum(),
+        ]
+        counts = [batch.has[:, 0].sum(), 3.0 * counted.sum(), 9.0 * batch.has[:, 2].sum()]
+        return cls(torch.stack(squares).cpu(), torch.stack(counts).cpu())
+
+    def __add__(self, other: Errors) -> Errors:
+        return Errors(self.squares + other.squares, self.counts + other.counts)
+
+    @property
+    def rmse(self) -> tuple[float | None, float | None, float | None]:
+        """Root mean square errors: energy per atom (eV), force component (eV/Å), virial per atom (eV)."""
+        energy, forces, virial = (
+            float((square / count) ** 0.5) if count else None
+            for square, count in zip(self.squares, self.counts, strict=True)
+        )
+        return energy, forces, virial

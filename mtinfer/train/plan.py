@@ -1,0 +1,135 @@
+"""What a training input amounts to: models, data, probabilities, number of steps, graphs to compile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConfigError, UnsupportedModelError
+from ..models import EnergyModel
+from .config import TaskConfig, TrainConfig
+from .sampling import System, batches_per_epoch, load_systems, system_probabilities
+from .schedule import Schedule
+from .step import signature
+from .weights import Owners, trained_names
+
+__all__ = ["Plan", "Task", "describe_plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task with its model and data."""
+
+    config: TaskConfig
+    model: EnergyModel
+    systems: list[System]
+    #: (n_systems,)
+    system_probabilities: NDArray[np.float64]
+    validation: list[System]
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training input with everything that the data decide."""
+
+    config: TrainConfig
+    #: "pt" or "pt_expt": how neighbours count, and how checkpoints are spelled
+    dialect: str
+    tasks: tuple[Task, ...]
+    #: (n_tasks,)
+    probabilities: NDArray[np.float64]
+    schedule: Schedule
+
+    @property
+    def models(self) -> dict[str, EnergyModel]:
+        """Model by head."""
+        return {task.name: task.model for task in self.tasks}
+
+
+def make_plan(config: TrainConfig, *, dialect: str = "pt_expt", n_steps: int | None = None) -> Plan:
+    """Build models, read data and settle what depends on them.
+
+    Parameters
+    ----------
+    n_steps
+        replaces the number of steps of the input; the learning rate is spread over it.
+
+    Raises
+    ------
+    ConfigError
+        A model can't be built, or the data and the input disagree.
+    DataError
+        Data are missing or unreadable.
+    """
+    tasks = tuple(_task(task, config, dialect) for task in config.tasks)
+    if any(task.config.epochs for task in tasks):
+        per_task = [_epoch(task) * float(task.config.epochs or 0.0) for task in tasks]
+        weights, total = np.array(per_task), math.ceil(sum(per_task))
+    else:
+        given = [task.config.weight for task in tasks]
+        weights = np.array(
+            [len(t.systems) if w is None else w for t, w in zip(tasks, given, strict=True)], float
+        )
+        total = _n_steps(config, tasks)
+    schedule = Schedule.from_config(config.learning_rate, n_steps or total)
+    return Plan(config, dialect, tasks, weights / weights.sum(), schedule)
+
+
+def _n_steps(config: TrainConfig, tasks: tuple[Task, ...]) -> int:
+    if config.run.n_steps is not None:
+        return config.run.n_steps
+    if len(tasks) > 1:
+        raise ConfigError("training.numb_epoch is for one task; give num_epoch_dict, an entry for each task")
+    return math.ceil(float(config.run.n_epochs or 0.0) * _epoch(tasks[0]))
+
+
+def _epoch(task: Task) -> int:
+    return batches_per_epoch(task.systems, task.system_probabilities)
+
+
+def _task(config: TaskConfig, whole: TrainConfig, dialect: str) -> Task:
+    try:
+        model = EnergyModel.from_config(config.model, dialect)
+    except UnsupportedModelError as err:
+        raise ConfigError(f"head {config.name!r}: {err}") from err
+    folder = whole.path.parent
+    systems = load_systems(config.training, model.type_map, folder)
+    validation = [] if config.validation is None else load_systems(config.validation, model.type_map, folder)
+    return Task(config, model, systems, system_probabilities(config.training, systems), validation)
+
+
+def describe_plan(plan: Plan) -> Iterator[str]:
+    """Yield the lines of ``mtinfer train --check``."""
+    owners = Owners(plan.config.links)
+    for task, probability in zip(plan.tasks, plan.probabilities, strict=True):
+        n_frames = sum(len(system.frames) for system in task.systems)
+        n_validation = sum(len(system.frames) for system in task.validation)
+        sizes = sorted({system.batch_size for system in task.systems})
+        yield (
+            f"task {task.name}: {task.config.model['descriptor']['type']}, {n_frames} frames in "
+            f"{len(task.systems)} systems, batch size {', '.join(map(str, sizes))}, {n_validation} frames "
+            f"for validation, probability {probability:.3g}"
+        )
+    for link in plan.config.links:
+        heads = ", ".join(f"{head}" + (f" (level {level})" if level else "") for head, level in link.heads)
+        yield f"shared: {link.part} {link.name!r} by {heads}"
+    counted: dict[tuple[str, str], int] = {}
+    for task in plan.tasks:
+        specs = task.model.parameters()
+        for name in trained_names(task.model, task.config.model):
+            counted[owners(task.name, name), name] = math.prod(specs[name].shape)
+    yield f"parameters: {sum(counted.values()):,} trained"
+    n_graphs = len({signature(task.model) for task in plan.tasks})
+    yield f"graphs to compile: {n_graphs} for {len(plan.tasks)} task{'s' * (len(plan.tasks) > 1)}"
+    schedule = plan.schedule
+    yield f"steps: {schedule.n_steps:,}, learning rate {schedule(0):.3g} to {schedule(schedule.n_steps):.3g}"
+    if plan.config.without_effect:
+        yield f"without effect: {', '.join(plan.config.without_effect)}"

@@ -1,0 +1,71 @@
+"""Several processes that train one model: who am I, and how gradients become one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Ranks"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Processes that ``torchrun`` started; a single one where it did not."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls, device: torch.device) -> Ranks:
+        """Meet the other processes; the environment of ``torchrun`` says how many there are."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls()
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(torch.distributed.get_rank(), size)
+
+    def leave(self) -> None:
+        """End the connection."""
+        if self.size > 1:
+            torch.distributed.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process computes the statistics and writes the files."""
+        return self.rank == 0
+
+    def from_first(self, value: T | None) -> T:
+        """Return what the first process gave."""
+        box = [value]
+        if self.size > 1:
+            torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[return-value]
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process raised a flag."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor([float(flag)])
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return bool(found.item())
+
+    def mean(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Average tensors of equal dtype or not over all processes."""
+        if self.size == 1:
+            return list(values)
+        flat = torch.cat([value.reshape(-1).to(torch.float64) for value in values])
+        torch.distributed.all_reduce(flat)
+        parts = (flat / self.size).split([value.numel() for value in values])
+        return [p.reshape(v.shape).to(v.dtype) for p, v in zip(parts, values, strict=True)]

@@ -1,0 +1,216 @@
+"""Which frames a step sees: a task, one of its systems, a batch of that system.
+
+Every draw is a function of the seed, the step and the number of batches drawn before, so that a resumed run
+goes on exactly as the first would have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..data import Frame, read_frames
+from ..errors import ConfigError
+from ..models import EnergyModel
+from .batch import Batch, make_batch
+from .config import DataConfig
+
+__all__ = ["Batches", "Sampler", "System", "load_systems"]
+
+#: memory for prepared batches that come again
+_CACHE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class System:
+    """Frames that are shuffled and batched together: a deepmd/npy system, or one file."""
+
+    frames: tuple[Frame, ...]
+    batch_size: int
+
+    @property
+    def n_batches(self) -> int:
+        return math.ceil(len(self.frames) / self.batch_size)
+
+    def batch(self, order: NDArray[np.int64], position: int) -> tuple[int, ...]:
+        """Frames of the batch at `position` of a shuffled pass."""
+        start = position * self.batch_size
+        return tuple(int(k) for k in order[start : start + self.batch_size])
+
+
+def load_systems(config: DataConfig, type_map: Sequence[str], folder: Path) -> list[System]:
+    """Read the data of a task.
+
+    Parameters
+    ----------
+    folder
+        where relative paths are looked up that do not exist in the working directory: that of the input.
+
+    Raises
+    ------
+    DataError
+        A path is missing or unreadable.
+    ConfigError
+        The number of batch sizes is not that of the systems.
+    """
+    sizes = config.batch_size
+    if isinstance(sizes, tuple) and len(sizes) != len(config.systems):
+        raise ConfigError(f"batch_size has {len(sizes)} entries for {len(config.systems)} systems")
+    systems: list[System] = []
+    for k, name in enumerate(config.systems):
+        path = Path(name)
+        path = path if path.exists() or path.is_absolute() else folder / path
+        grouped: dict[str, list[Frame]] = {}
+        for frame in read_frames([path], type_map=type_map):
+            grouped.setdefault(frame.source, []).append(frame)
+        for frames in grouped.values():
+            size = sizes[k] if isinstance(sizes, tuple) else sizes
+            systems.append(System(tuple(frames), _batch_size(size, frames)))
+    return systems
+
+
+def _batch_size(size: int | str, frames: Sequence[Frame]) -> int:
+    if isinstance(size, int):
+        return size
+    n_wanted = int(size.partition(":")[2] or 32)
+    n_atoms = sum(len(frame.atoms) for frame in frames) / len(frames)
+    return max(1, math.ceil(n_wanted / n_atoms))
+
+
+def system_probabilities(config: DataConfig, systems: Sequence[System]) -> NDArray[np.float64]:
+    """Probability of each system of a task, shape (n_systems,).
+
+    Raises
+    ------
+    ConfigError
+        `sys_probs` has another length, or `auto_prob` is not understood.
+    """
+    n_batches = np.array([system.n_batches for system in systems], dtype=np.float64)
+    if config.sys_probs is not None:
+        weights = np.array(config.sys_probs)
+        if len(weights) != len(systems) or (weights < 0).any() or not weights.sum():
+            raise ConfigError(
+                f"sys_probs is {list(config.sys_probs)}; expected {len(systems)} numbers, none negative"
+            )
+    elif config.auto_prob == "prob_uniform":
+        weights = np.ones(len(systems))
+    else:
+        weights = _block_weights(config.auto_prob, n_batches)
+    return np.asarray(weights / weights.sum(), dtype=np.float64)
+
+
+def _block_weights(text: str, n_batches: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``prob_sys_size``, or ``prob_sys_size;0:3:0.5;3:7:0.5``: blocks of systems with their probability."""
+    kind, *blocks = text.split(";")
+    if kind != "prob_sys_size":
+        raise ConfigError(
+            f"auto_prob is {text!r}; supported are prob_uniform, prob_sys_size[;start:end:weight]..."
+        )
+    if not blocks:
+        return n_batches
+    weights = np.zeros_like(n_batches)
+    for block in blocks:
+        try:
+            start, end, weight = block.split(":")
+            part = slice(int(start), int(end))
+            weights[part] = float(weight) * n_batches[part] / n_batches[part].sum()
+        except (ValueError, ZeroDivisionError) as err:
+            raise ConfigError(f"auto_prob has the block {block!r}; expected start:end:weight") from err
+    return weights
+
+
+def batches_per_epoch(systems: Sequence[System], probabilities: NDArray[np.float64]) -> int:
+    """Steps of a task in which every system is expected to be seen whole."""
+    n_batches = np.array([system.n_batches for system in systems], dtype=np.float64)
+    drawn = probabilities > 0
+    return math.ceil(float((n_batches[drawn] / probabilities[drawn]).max()))
+
+
+@dataclass
+class Sampler:
+    """Draws the task and the batch of every step.
+
+    Parameters
+    ----------
+    seed
+        of all draws.
+    tasks
+        systems and their probabilities, one entry per task.
+    probabilities
+        shape (n_tasks,).
+    rank, n_ranks
+        all ranks draw the same task and system, and each its own batches.
+    """
+
+    seed: int
+    tasks: Sequence[tuple[Sequence[System], NDArray[np.float64]]]
+    probabilities: NDArray[np.float64]
+    rank: int = 0
+    n_ranks: int = 1
+    #: batches drawn so far, per task and system, by all ranks; all that a resumed run needs
+    drawn: list[list[int]] = field(default_factory=list)
+    _orders: dict[tuple[int, int], tuple[int, NDArray[np.int64]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.drawn:
+            self.drawn = [[0] * len(systems) for systems, _ in self.tasks]
+
+    def draw(self, step: int) -> tuple[int, int, tuple[int, ...]]:
+        """Task, system and frames of a step."""
+        generator = np.random.default_rng((self.seed, 1, step))
+        task = int(generator.choice(len(self.tasks), p=self.probabilities))
+        systems, probabilities = self.tasks[task]
+        index = int(generator.choice(len(systems), p=probabilities))
+        count = self.drawn[task][index] + self.rank
+        self.drawn[task][index] += self.n_ranks
+        epoch, position = divmod(count, systems[index].n_batches)
+        return task, index, systems[index].batch(self._order(task, index, epoch), position)
+
+    def _order(self, task: int, index: int, epoch: int) -> NDArray[np.int64]:
+        known = self._orders.get((task, index))
+        if known is None or known[0] != epoch:
+            generator = np.random.default_rng((self.seed, 2, task, index, epoch))
+            known = epoch, generator.permutation(len(self.tasks[task][0][index].frames))
+            self._orders[task, index] = known
+        return known[1]
+
+
+class Batches:
+    """Makes batches, and keeps those that come again while memory allows.
+
+    Parameters
+    ----------
+    models, default_fparams
+        one per task.
+    """
+
+    def __init__(self, models: Sequence[EnergyModel], default_fparams: Sequence[Tensor | None]) -> None:
+        self._models, self._default_fparams = models, default_fparams
+        self._kept: OrderedDict[tuple[int, int, tuple[int, ...]], Batch] = OrderedDict()
+        self._n_bytes = 0
+
+    def __call__(self, task: int, index: int, system: System, chosen: tuple[int, ...]) -> Batch:
+        """Batch of some frames of a system; `index` tells the system from the others of its task."""
+        key = (task, index, chosen)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        frames = [system.frames[k] for k in chosen]
+        batch = make_batch(frames, self._models[task], self._default_fparams[task])
+        if system.batch_size == 1 or system.n_batches == 1:
+            self._keep(key, batch)
+        return batch
+
+    def _keep(self, key: tuple[int, int, tuple[int, ...]], batch: Batch) -> None:
+        self._kept[key] = batch
+        self._n_bytes += batch.n_bytes
+        while self._n_bytes > _CACHE_BYTES:
+            _, dropped = self._kept.popitem(last=False)
+            self._n_bytes -= dropped.n_bytes

@@ -1,0 +1,447 @@
+"""Sections of a training input as tables: key -> default. What is not in a table is unknown.
+
+The tables are those of deepmd-kit 3.2.0, so that a completed configuration is what that program stores.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ConfigError, nearest
+
+__all__ = ["DESCRIPTORS", "DESCRIPTOR_ALIASES", "Section", "complete"]
+
+#: default of a key that must be given
+REQUIRED: Any = object()
+#: default of a key that stays absent where it is not given
+ABSENT: Any = object()
+
+
+@dataclass(frozen=True)
+class Section:
+    """Keys of one section, with their defaults."""
+
+    defaults: Mapping[str, Any]
+    #: other spelling -> key
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    #: key -> the only values that are supported
+    only: Mapping[str, Collection[Any]] = field(default_factory=dict)
+    #: sections in this one
+    inner: Mapping[str, Section] = field(default_factory=dict)
+
+
+def complete(given: object, section: Section, where: str) -> dict[str, Any]:
+    """Return a section with aliases resolved and defaults filled in.
+
+    Parameters
+    ----------
+    given
+        section as read; keys that begin with an underscore are comments.
+    where
+        path of the section in the input, for error messages.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown key, a missing one, or a value that is not supported.
+    """
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where} is {given!r}; expected a section {{...}}")
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        name = section.aliases.get(key, key)
+        if key.startswith("_"):
+            continue
+        if name not in section.defaults:
+            hint = (
+                nearest(key, section.defaults)
+                or nearest(key, section.aliases)
+                or f"; known are {', '.join(sorted(section.defaults))}"
+            )
+            raise ConfigError(f"unknown key {key!r} in {where}{hint}")
+        if name in section.inner:
+            value = complete(value, section.inner[name], f"{where}.{name}")
+        found[name] = copy.deepcopy(value)
+    for name, default in section.defaults.items():
+        if name not in found and default is REQUIRED:
+            raise ConfigError(f"{where} lacks the key {name!r}, which has no default")
+        if default is not ABSENT:
+            found.setdefault(name, copy.deepcopy(default))
+    for name, allowed in section.only.items():
+        if name in found and found[name] not in allowed:
+            raise ConfigError(
+                f"{where}.{name} is {found[name]!r}, which is not supported; supported: "
+                f"{', '.join(map(repr, allowed))}"
+            )
+    return found
+
+
+_SHAPE = {"rcut": 6.0, "rcut_smth": 0.5, "neuron": [10, 20, 40], "axis_neuron": 4}
+_COMMON: dict[str, Any] = {"trainable": True, "seed": ABSENT, "exclude_types": [], "env_protection": 0.0}
+_PAIR = {"sel": REQUIRED, **_SHAPE, "activation_function": "tanh", "resnet_dt": False}
+_TEBD = {"use_econf_tebd": False, "use_tebd_bias": False}
+_AXIS = {"n_axis_neuron": "axis_neuron"}
+_FLAG = {"trainable": (True, False)}
+
+_ATTENTION = {
+    **_PAIR,
+    "type_one_side": False,
+    "precision": "default",
+    **_COMMON,
+    "lmax": ABSENT,
+    "attn": 128,
+    "attn_layer": 2,
+    "attn_dotr": True,
+    "attn_mask": False,
+    "trainable_ln": True,
+    "ln_eps": None,
+    "tebd_dim": 8,
+    **_TEBD,
+    "scaling_factor": 1.0,
+    "normalize": True,
+    "temperature": ABSENT,
+    "concat_output_tebd": True,
+}
+_ONLY_ATTENTION = {**_FLAG, "attn_mask": (False,), "lmax": (1,)}
+
+_REPINIT = {
+    "rcut": REQUIRED,
+    "rcut_smth": REQUIRED,
+    "nsel": REQUIRED,
+    "neuron": [25, 50, 100],
+    "axis_neuron": 16,
+    "tebd_dim": 8,
+    "tebd_input_mode": "concat",
+    "set_davg_zero": True,
+    "activation_function": "tanh",
+    "type_one_side": False,
+    "resnet_dt": False,
+    "use_three_body": False,
+    "three_body_neuron": [2, 4, 8],
+    "three_body_rcut": 4.0,
+    "three_body_rcut_smth": 0.5,
+    "three_body_sel": 40,
+}
+_REPFORMER = {
+    "rcut": REQUIRED,
+    "rcut_smth": REQUIRED,
+    "nsel": REQUIRED,
+    "nlayers": 3,
+    "g1_dim": 128,
+    "g2_dim": 16,
+    "axis_neuron": 4,
+    "direct_dist": False,
+    "update_g1_has_conv": True,
+    "update_g1_has_drrd": True,
+    "update_g1_has_grrg": True,
+    "update_g1_has_attn": True,
+    "update_g2_has_g1g1": True,
+    "update_g2_has_attn": True,
+    "use_sqrt_nnei": True,
+    "g1_out_conv": True,
+    "g1_out_mlp": True,
+    "update_h2": False,
+    "attn1_hidden": 64,
+    "attn1_nhead": 4,
+    "attn2_hidden": 16,
+    "attn2_nhead": 4,
+    "attn2_has_gate": False,
+    "activation_function": "tanh",
+    "update_style": "res_avg",
+    "update_residual": 0.001,
+    "update_residual_init": "norm",
+    "set_davg_zero": True,
+    "trainable_ln": True,
+    "ln_eps": None,
+}
+_REPFLOW = {
+    "n_dim": 128,
+    "e_dim": 64,
+    "a_dim": 64,
+    "nlayers": 6,
+    "e_rcut": REQUIRED,
+    "e_rcut_smth": REQUIRED,
+    "e_sel": REQUIRED,
+    "a_rcut": REQUIRED,
+    "a_rcut_smth": REQUIRED,
+    "a_sel": REQUIRED,
+    "a_compress_rate": 0,
+    "a_compress_e_rate": 1,
+    "a_compress_use_split": False,
+    "n_multi_edge_message": 1,
+    "axis_neuron": 4,
+    "fix_stat_std": 0.3,
+    "skip_stat": False,
+    "update_angle": True,
+    "update_style": "res_residual",
+    "update_residual": 0.1,
+    "update_residual_init": "const",
+    "optim_update": True,
+    "smooth_edge_update": False,
+    "edge_init_use_dist": False,
+    "use_exp_switch": False,
+    "use_dynamic_sel": False,
+    "sel_reduce_factor": 10.0,
+    "sequential_update": False,
+}
+_INIT = {"update_residual_init": ("norm", "const")}
+
+#: descriptor `type` -> its keys
+DESCRIPTORS: dict[str, Section] = {
+    "se_e2_a": Section(
+        {
+            "type": REQUIRED,
+            **_PAIR,
+            "type_one_side": False,
+            "precision": "default",
+            **_COMMON,
+            "set_davg_zero": False,
+        },
+        _AXIS,
+        _FLAG,
+    ),
+    "se_atten": Section(
+        {
+            "type": REQUIRED,
+            **_ATTENTION,
+            "stripped_type_embedding": None,
+            "smooth_type_embedding": False,
+            "set_davg_zero": True,
+            "tebd_input_mode": "concat",
+        },
+        {**_AXIS, "smooth_type_embdding": "smooth_type_embedding"},
+        _ONLY_ATTENTION,
+    ),
+    "se_atten_v2": Section({"type": REQUIRED, **_ATTENTION, "set_davg_zero": False}, _AXIS, _ONLY_ATTENTION),
+    "dpa2": Section(
+        {
+            "type": REQUIRED,
+            "repinit": REQUIRED,
+            "repformer": REQUIRED,
+            "concat_output_tebd": True,
+            "precision": "default",
+            "smooth": True,
+            **_COMMON,
+            "add_tebd_to_repinit_out": False,
+            **_TEBD,
+        },
+        {"repformer_add_type_ebd_to_seq": "add_tebd_to_repinit_out"},
+        _FLAG,
+        {"repinit": Section(_REPINIT), "repformer": Section(_REPFORMER, only=_INIT)},
+    ),
+    "dpa3": Section(
+        {
+            "type": REQUIRED,
+            "repflow": REQUIRED,
+            "concat_output_tebd": False,
+            "add_chg_spin_ebd": False,
+            "default_chg_spin": None,
+            "activation_function": "silu",
+            "precision": "default",
+            **_COMMON,
+            **_TEBD,
+            "use_loc_mapping": True,
+        },
+        {},
+        _FLAG,
+        {
+            "repflow": Section(
+                _REPFLOW, {"edge_use_dist": "edge_init_use_dist", "use_env_envelope": "use_exp_switch"}, _INIT
+            )
+        },
+    ),
+}
+DESCRIPTOR_ALIASES = {"dpa1": "se_atten", "se_a": "se_e2_a"}
+
+FITTING = Section(
+    {
+        "type": "ener",
+        "numb_fparam": 0,
+        "numb_aparam": 0,
+        "default_fparam": None,
+        "dim_case_embd": 0,
+        "neuron": [120, 120, 120],
+        "activation_function": "tanh",
+        "precision": "default",
+        "resnet_dt": True,
+        "trainable": True,
+        "rcond": None,
+        "seed": ABSENT,
+        "atom_ener": [],
+        "use_aparam_as_mask": False,
+    },
+    {"n_neuron": "neuron"},
+    {"type": ("ener",), "trainable": (True, False), "atom_ener": ([],), "rcond": (None,)},
+)
+HEAD = Section(
+    {
+        "type_map": REQUIRED,
+        "descriptor": REQUIRED,
+        "fitting_net": REQUIRED,
+        "data_stat_nbatch": 10,
+        "data_stat_protect": 0.01,
+        "data_bias_nsample": 10,
+        "pair_exclude_types": [],
+        "atom_exclude_types": [],
+        "preset_out_bias": None,
+        "srtab_add_bias": True,
+        "type": "standard",
+        "model_branch_alias": [],
+        "info": {},
+        "bridging_method": "None",
+        "bridging_r_inner": 0.5,
+        "bridging_r_outer": 0.8,
+    },
+    only={"type": ("standard",), "bridging_method": ("None",), "data_stat_protect": (0.01,)},
+)
+LOSS = Section(
+    {
+        "type": "ener",
+        "start_pref_e": 0.02,
+        "limit_pref_e": 1.0,
+        "start_pref_f": 1000.0,
+        "limit_pref_f": 1.0,
+        "start_pref_v": 0.0,
+        "limit_pref_v": 0.0,
+        "intensive_ener_virial": False,
+        "loss_func": "mse",
+        "use_huber": False,
+        "huber_delta": 0.01,
+        "relative_f": None,
+        "enable_atom_ener_coeff": False,
+        "f_use_norm": False,
+        "numb_generalized_coord": 0,
+        "use_default_pf": False,
+        **{f"{edge}_pref_{label}": 0.0 for edge in ("start", "limit") for label in ("h", "ae", "pf", "gf")},
+    },
+    only={
+        "type": ("ener",),
+        "loss_func": ("mse",),
+        "use_huber": (False,),
+        "relative_f": (None,),
+        "enable_atom_ener_coeff": (False,),
+        "f_use_norm": (False,),
+        "numb_generalized_coord": (0,),
+        "use_default_pf": (False,),
+        **{f"{edge}_pref_{label}": (0,) for edge in ("start", "limit") for label in ("h", "ae", "pf", "gf")},
+    },
+)
+LEARNING_RATE = Section(
+    {
+        "type": "exp",
+        "start_lr": REQUIRED,
+        "stop_lr": None,
+        "stop_lr_ratio": None,
+        "warmup_steps": 0,
+        "warmup_ratio": None,
+        "warmup_start_factor": 0.0,
+        "scale_by_worker": "linear",
+        "decay_steps": 5000,
+        "decay_rate": None,
+        "smooth": False,
+        "decay_phase_ratio": 0.1,
+        "decay_type": "inverse_linear",
+    },
+    only={
+        "type": ("exp", "cosine", "wsd"),
+        "decay_type": ("inverse_linear", "cosine", "linear"),
+        "scale_by_worker": ("linear", "sqrt", "none"),
+    },
+)
+OPTIMIZERS = {
+    name: Section(
+        {"type": name, "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": decay},
+        {"beta1": "adam_beta1", "beta2": "adam_beta2"},
+    )
+    for name, decay in (("Adam", 0.0), ("AdamW", 0.001))
+}
+_DATA: dict[str, Any] = {
+    "systems": REQUIRED,
+    "rglob_patterns": None,
+    "batch_size": "auto",
+    "auto_prob": "prob_sys_size",
+    "sys_probs": None,
+}
+_DATA_ALIASES = {"auto_prob_style": "auto_prob", "sys_weights": "sys_probs"}
+TRAINING_DATA = Section(
+    {**_DATA, "min_pair_dist": 0.0}, _DATA_ALIASES, {"rglob_patterns": (None,), "min_pair_dist": (0,)}
+)
+VALIDATION_DATA = Section(
+    {**_DATA, "numb_btch": 1}, {**_DATA_ALIASES, "numb_batch": "numb_btch"}, {"rglob_patterns": (None,)}
+)
+TASK_DATA = Section(
+    {"training_data": REQUIRED, "validation_data": None, "stat_file": None, "stat_file_mode": None}
+)
+#: keys of `training` that change no number here: where files go, what is printed, how it is compiled
+WITHOUT_EFFECT = (
+    "disp_file",
+    "save_dir",
+    "disp_training",
+    "time_training",
+    "disp_avg",
+    "profiling",
+    "profiling_file",
+    "enable_profiler",
+    "tensorboard",
+    "tensorboard_log_dir",
+    "tensorboard_freq",
+    "neighbor_graph_method",
+    "enable_compile",
+    "stat_file",
+    "stat_file_mode",
+)
+TRAINING = Section(
+    {
+        "training_data": None,
+        "validation_data": None,
+        "data_dict": None,
+        "model_prob": {},
+        "num_epoch_dict": {},
+        "numb_steps": None,
+        "numb_epoch": None,
+        "seed": 0,
+        "disp_freq": 1000,
+        "save_freq": 1000,
+        "save_ckpt": "model.ckpt",
+        "max_ckpt_keep": 5,
+        "ckpt_keep_ratio": None,
+        "enable_ema": False,
+        "ema_decay": 0.999,
+        "ema_ckpt_keep": None,
+        "change_bias_after_training": False,
+        "gradient_max_norm": 0.0,
+        "acc_freq": 1,
+        "zero_stage": 0,
+        "enable_tf32": False,
+        "mixed_precision": None,
+        **dict.fromkeys(WITHOUT_EFFECT, ABSENT),
+    },
+    {
+        **dict.fromkeys(("stop_batch", "num_step", "num_steps", "numb_step"), "numb_steps"),
+        **dict.fromkeys(("num_epochs", "num_epoch", "numb_epochs"), "numb_epoch"),
+    },
+    {
+        "ckpt_keep_ratio": (None,),
+        "change_bias_after_training": (False,),
+        "acc_freq": (1,),
+        "zero_stage": (0,),
+        "enable_tf32": (False,),
+        "mixed_precision": (None,),
+        "enable_profiler": (False,),
+        "tensorboard": (False,),
+    },
+)
+TOP = Section(
+    {
+        "model": REQUIRED,
+        "learning_rate": REQUIRED,
+        "loss": None,
+        "loss_dict": None,
+        "training": REQUIRED,
+        "optimizer": {},
+        "validating": None,
+    }
+)

@@ -1,0 +1,379 @@
+"""The training loop: draw, step, show, save."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TrainingError
+from ..graph import CompileMode
+from .curves import LearningCurve, plot_curve
+from .loss import Errors
+from .plan import Plan, Task
+from .ranks import Ranks
+from .sampling import Batches, Sampler, System
+from .saving import Keeper, RunState, finetuned, resumed, shifted_bias
+from .statistics import collect
+from .step import TrainingStep, signature
+from .weights import AllWeights, Owners, initial_weights, set_statistics, trained_names
+
+__all__ = ["Shown", "Start", "Trainer"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: from nothing, from a checkpoint of its own, or from a head of another."""
+
+    resume: Path | None = None
+    finetune: Path | None = None
+    #: head of `finetune`
+    head: str | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is reported at every display."""
+
+    step: int
+    lr: float
+    #: task -> training errors since the last display, validation errors; None where there are none
+    errors: dict[str, tuple[Errors | None, Errors | None]]
+
+
+class Trainer:
+    """Trains all tasks of a plan.
+
+    Parameters
+    ----------
+    folder
+        where checkpoints and learning curves go.
+    mode
+        "wait" compiles a graph for every architecture before the first step; "off" stays eager.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        *,
+        start: Start | None = None,
+        mode: CompileMode = "wait",
+        device: torch.device | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.plan, self.folder = plan, folder
+        self.device, self.ranks = device or torch.device("cpu"), ranks or Ranks()
+        self.keeper = Keeper(folder, plan)
+        self._owners = Owners(plan.config.links)
+        self._batches = Batches(
+            [task.model for task in plan.tasks],
+            [_default_fparam(task) for task in plan.tasks],
+        )
+        state = self._start(start or Start())
+        self.step = state.step
+        self.weights = _on_device(state.weights, self.device)
+        self.steps = _graphs(plan, self.weights, mode)
+        self.sampler = Sampler(
+            plan.config.run.seed,
+            [(task.systems, task.system_probabilities) for task in plan.tasks],
+            plan.probabilities,
+            self.ranks.rank,
+            self.ranks.size,
+            drawn=state.drawn,
+        )
+        self._trained = {task.name: trained_names(task.model, task.config.model) for task in plan.tasks}
+        #: "owner/name" -> tensor that the optimizer changes
+        self.parameters = self._parameters()
+        self.optimizer = self._optimizer()
+        if state.optimizer:
+            self.optimizer.load_state_dict(state.optimizer)
+        self.ema = self._ema(state.ema)
+        self._observed = state.observed
+        self._errors = [Errors(*found) for found in state.errors]
+
+    # ---- start ---------------------------------------------------------------------------------------
+
+    def _start(self, start: Start) -> RunState:
+        if start.resume is not None:
+            return resumed(start.resume, self.plan)
+        first = self._first_weights(start) if self.ranks.is_first else None
+        weights, observed = self.ranks.from_first(first)
+        n_tasks = len(self.plan.tasks)
+        errors = torch.zeros(n_tasks, 2, 3, dtype=torch.float64)
+        return RunState(0, _joined(weights, self._owners), {}, [], errors, None, observed)
+
+    def _first_weights(self, start: Start) -> tuple[AllWeights, dict[str, list[str]]]:
+        plan = self.plan
+        weights = initial_weights(plan.config, plan.models)
+        found = {task.name: collect(task.systems, task.model, task.config.model) for task in plan.tasks}
+        probabilities = dict(zip(plan.models, map(float, plan.probabilities), strict=True))
+        set_statistics(weights, plan.config, plan.models, found, probabilities)
+        if start.finetune is not None:
+            finetuned(start.finetune, start.head, plan, weights)
+            shifted_bias(plan, weights, self._residuals(weights))
+        return weights, {name: list(statistics.observed) for name, statistics in found.items()}
+
+    def _residuals(self, weights: AllWeights) -> dict[str, list[Any]]:
+        """Energy labels minus predictions, of the frames that statistics are made of."""
+        steps = _graphs(self.plan, weights, "off")
+        found: dict[str, list[Any]] = {}
+        for k, task in enumerate(self.plan.tasks):
+            found[task.name] = []
+            for index, system in enumerate(task.systems):
+                n_batches = min(int(task.config.model["data_stat_nbatch"]), system.n_batches)
+                for chosen in _in_order(system, n_batches):
+                    batch = self._batches(k, index, system, chosen)
+                    labels = task.config.loss.labels(batch, 1.0)
+                    energy = steps[task.name](batch, labels, weights[task.name]).energy
+                    frames = [system.frames[i] for i in chosen]
+                    found[task.name] += [
+                        (frame, label - float(e))
+                        for frame, label, e in zip(frames, batch.energy.tolist(), energy, strict=True)
+                        if frame.energy is not None
+                    ]
+        return found
+
+    def _parameters(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for task in self.plan.tasks:
+            for name in sorted(self._trained[task.name]):
+                found[f"{self._owners(task.name, name)}/{name}"] = self.weights[task.name][name]
+        return found
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        options = self.plan.config.optimizer
+        kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[options.name]
+        start = self.plan.schedule.start
+        optimizer: torch.optim.Optimizer = kind(
+            list(self.parameters.values()), lr=start, betas=options.betas, weight_decay=options.weight_decay
+        )
+        for group in optimizer.param_groups:
+            group["initial_lr"] = start
+        return optimizer
+
+    def _ema(self, stored: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        if self.plan.config.run.ema_decay is None:
+            return None
+        stored = stored or {}
+        return {
+            label: stored.get(label, tensor).detach().to(self.device).clone()
+            for label, tensor in self.parameters.items()
+        }
+
+    # ---- loop ----------------------------------------------------------------------------------------
+
+    def run(
+        self, *, shown: Callable[[Shown], None] = lambda _: None, tick: Callable[[int], None] = lambda _: None
+    ) -> bool:
+        """Train to the last step.
+
+        Parameters
+        ----------
+        shown
+            called at every display.
+        tick
+            called after every step with the number of steps completed.
+
+        Returns
+        -------
+        bool
+            False where the run was interrupted; a checkpoint was written then.
+
+        Raises
+        ------
+        TrainingError
+            The loss is not a number.
+        """
+        run, n_steps = self.plan.config.run, self.plan.schedule.n_steps
+        curve = LearningCurve(self.folder / "lcurve.csv", step=self.step) if self.ranks.is_first else None
+        self._compile()
+        began, saved = time.monotonic(), self.step
+        with _interruptible() as asked:
+            while self.step < n_steps:
+                lr = self._advance()
+                tick(self.step)
+                stop = self.ranks.any(asked()) if self.ranks.size == 1 or self.step % 10 == 0 else False
+                last = self.step == n_steps
+                if self.step % run.disp_freq == 0 or last:
+                    self._display(curve, lr, time.monotonic() - began, shown)
+                if self.step % run.save_freq == 0 or last or stop:
+                    self._save()
+                    saved = self.step
+                if stop:
+                    break
+        if self.step > saved:
+            self._save()
+        return self.step == n_steps
+
+    def _compile(self) -> None:
+        """Make every graph ready, and let it pass its self-check, on the first process before the others."""
+        for first in (True, False):
+            if self.ranks.is_first == first:
+                for step in {id(step): step for step in self.steps.values()}.values():
+                    k, task = next(
+                        (k, task) for k, task in enumerate(self.plan.tasks) if self.steps[task.name] is step
+                    )
+                    system = task.systems[0]
+                    batch = self._batches(k, 0, system, next(_in_order(system, 1))).to(self.device)
+                    step(batch, task.config.loss.labels(batch, 1.0), self.weights[task.name])
+            self.ranks.wait()
+
+    def _advance(self) -> float:
+        """One step; returns its learning rate."""
+        lr = self.plan.schedule(self.step)
+        k, index, chosen = self.sampler.draw(self.step)
+        task = self.plan.tasks[k]
+        batch = self._batches(k, index, task.systems[index], chosen).to(self.device)
+        labels = task.config.loss.labels(batch, lr / self.plan.schedule.start)
+        result = self.steps[task.name](batch, labels, self.weights[task.name])
+        names = sorted(self._trained[task.name])
+        loss, *gradients = self.ranks.mean([result.loss, *(result.gradients[name] for name in names)])
+        if not math.isfinite(float(loss)):
+            raise TrainingError(
+                f"the loss of task {task.name!r} is {float(loss)} at step {self.step + 1} (learning rate "
+                f"{lr:.3g}); lower start_lr or look at the data; {self.keeper._last_good()}"
+            )
+        self._errors[k] = self._errors[k] + Errors.of(batch, result.energy, result.forces, result.virial)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        for name, gradient in zip(names, gradients, strict=True):
+            self.weights[task.name][name].grad = gradient
+        self._update(lr)
+        self.step += 1
+        return lr
+
+    def _update(self, lr: float) -> None:
+        run = self.plan.config.run
+        if run.gradient_max_norm > 0.0:
+            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), run.gradient_max_norm)
+        scale = {"linear": float(self.ranks.size), "sqrt": math.sqrt(self.ranks.size), "none": 1.0}
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * scale[self.plan.config.learning_rate["scale_by_worker"]]
+        self.optimizer.step()
+        if self.ema is not None and run.ema_decay is not None:
+            for label, average in self.ema.items():
+                average.lerp_(self.parameters[label].detach(), 1.0 - run.ema_decay)
+
+    # ---- reports -------------------------------------------------------------------------------------
+
+    def _display(
+        self, curve: LearningCurve | None, lr: float, seconds: float, shown: Callable[[Shown], None]
+    ) -> None:
+        found: dict[str, tuple[Errors | None, Errors | None]] = {}
+        for k, task in enumerate(self.plan.tasks):
+            training = self._errors[k] if bool(self._errors[k].counts.any()) else None
+            self._errors[k] = Errors.none()
+            if curve is not None:
+                found[task.name] = training, self._validate(k, task)
+                curve.add(self.step, task.name, lr, seconds, found[task.name])
+        if curve is not None:
+            shown(Shown(self.step, lr, found))
+
+    def _validate(self, k: int, task: Task) -> Errors | None:
+        if task.config.validation is None or not task.validation:
+            return None
+        total = Errors.none()
+        for n, (index, system, chosen) in enumerate(_rounds(task.validation)):
+            if n == task.config.validation.n_batches:
+                break
+            # validation systems are numbered on from the training systems
+            batch = self._batches(k, len(task.systems) + index, system, chosen).to(self.device)
+            result = self.steps[task.name](
+                batch, task.config.loss.labels(batch, 1.0), self.weights[task.name]
+            )
+            total = total + Errors.of(batch, result.energy, result.forces, result.virial)
+        return total
+
+    def state(self) -> RunState:
+        """Everything that a resumed run needs."""
+        return RunState(
+            step=self.step,
+            weights=self.weights,
+            optimizer=self.optimizer.state_dict(),
+            drawn=[list(row) for row in self.sampler.drawn],
+            errors=torch.stack([torch.stack([found.squares, found.counts]) for found in self._errors]),
+            ema=self.ema,
+            observed=self._observed,
+        )
+
+    def _save(self) -> None:
+        if not self.ranks.is_first:
+            return
+        self.keeper.save(self.state())
+        curve = self.folder / "lcurve.csv"
+        for task in self.plan.tasks:
+            plot_curve(curve, task.name, self.folder / f"lcurve-{task.name}.png")
+
+
+def _default_fparam(task: Task) -> Tensor | None:
+    default = task.model.fitting.default_fparam
+    return None if default is None else torch.tensor(default, dtype=torch.float64)
+
+
+def _graphs(plan: Plan, weights: AllWeights, mode: CompileMode) -> dict[str, TrainingStep]:
+    """Return the step of every task; tasks of one architecture have one."""
+    made: dict[str, TrainingStep] = {}
+    for task in plan.tasks:
+        key = signature(task.model)
+        if key not in made:
+            made[key] = TrainingStep(task.model, weights[task.name], mode)
+    return {task.name: made[signature(task.model)] for task in plan.tasks}
+
+
+def _joined(weights: AllWeights, owners: Owners) -> AllWeights:
+    """Make heads that share a weight hold one tensor again, after copying."""
+    return {head: {name: weights[owners(head, name)][name] for name in own} for head, own in weights.items()}
+
+
+def _on_device(weights: AllWeights, device: torch.device) -> AllWeights:
+    """Copy to `device`, each tensor once."""
+    copies: dict[int, Tensor] = {}
+    for own in weights.values():
+        for tensor in own.values():
+            copies.setdefault(id(tensor), tensor.detach().to(device).clone())
+    return {head: {name: copies[id(tensor)] for name, tensor in own.items()} for head, own in weights.items()}
+
+
+def _in_order(system: System, n_batches: int) -> Iterator[tuple[int, ...]]:
+    size = system.batch_size
+    for start in range(0, min(len(system.frames), n_batches * size), size):
+        yield tuple(range(start, min(start + size, len(system.frames))))
+
+
+def _rounds(systems: list[System]) -> Iterator[tuple[int, System, tuple[int, ...]]]:
+    """Batches of all systems in file order: the first of each, then the second, ..."""
+    for position in range(max(system.n_batches for system in systems)):
+        for index, system in enumerate(systems):
+            for n, chosen in enumerate(_in_order(system, system.n_batches)):
+                if n == position:
+                    yield index, system, chosen
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask for an end after the step; a second one ends at once."""
+    asked: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before: dict[int, Any] = {}
+    try:
+        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+            with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
+                before[number] = signal.signal(number, note)
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

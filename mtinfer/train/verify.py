@@ -1,0 +1,228 @@
+"""Proof that what was trained is what is evaluated: every head, several ways, and how much they differ."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ase
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..checkpoint.load import read
+from ..data import Frame
+from ..data.frame import make_frame
+from ..errors import UnknownHeadError
+from ..inputs import Prediction
+from ..potential import HeadState, Potential, PredictionWarning, load
+from .batch import make_batch
+from .step import predict
+
+__all__ = ["Difference", "Way", "sample_structures", "verify"]
+
+#: largest differences accepted by the precision of the networks: energy per atom (eV), forces (eV/Å), virial
+#: (eV); relative to the number where that is larger than 1
+TOLERANCES = {torch.float64: (1e-10, 1e-10, 1e-9), torch.float32: (2e-6, 2e-5, 2e-4)}
+_ATOMS_PER_BATCH = 2000
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest differences of one head between one way and eager evaluation."""
+
+    head: str
+    way: str
+    #: eV per atom, eV/Å, eV
+    energy: float
+    forces: float
+    virial: float
+    #: whether all are within the tolerance
+    accepted: bool
+
+
+#: evaluates frames with a head
+Way = Callable[[HeadState, Sequence[Frame]], list[Prediction]]
+
+
+def verify(
+    path: Path,
+    frames: Sequence[Frame] | None = None,
+    *,
+    heads: Sequence[str] | None = None,
+    compiled: bool = True,
+) -> Iterator[Difference]:
+    """Evaluate heads of a file several ways and compare.
+
+    Eager evaluation is what the others are compared with: the function that training differentiates, the
+    compiled graph, and deepmd-kit where it can be imported and the file is a checkpoint.
+
+    Parameters
+    ----------
+    frames
+        structures; None makes some up.
+    heads
+        names; None for all.
+    compiled
+        whether to compile.
+
+    Yields
+    ------
+    Difference
+        Head by head, way by way.
+    """
+    eager = load(path, compile="off")
+    ways: dict[str, Way] = {"training": _training(path)}
+    if compiled:
+        ways["compiled"] = _potential(load(path, compile="wait"))
+    if importlib.util.find_spec("deepmd") is not None and path.suffix == ".pt":
+        ways["deepmd-kit"] = _deepmd(path)
+    for name in heads or eager.heads:
+        state = eager.head(name)
+        chosen = sample_structures(state) if frames is None else _known(frames, state)
+        expected = _potential(eager)(state, chosen)
+        for way, evaluate in ways.items():
+            yield _compare(state, way, evaluate(state, chosen), expected)
+
+
+def _compare(
+    state: HeadState, way: str, found: Sequence[Prediction], expected: Sequence[Prediction]
+) -> Difference:
+    dtype = state.model.fitting.dtype
+    worst, accepted = [0.0, 0.0, 0.0], True
+    for got, want in zip(found, expected, strict=True):
+        n_atoms = len(want.atom_energy)
+        pairs = (
+            (np.array(got.energy / n_atoms), np.array(want.energy / n_atoms)),
+            (got.forces, want.forces),
+            (got.virial, want.virial),
+        )
+        for k, ((a, b), tolerance) in enumerate(zip(pairs, TOLERANCES[dtype], strict=True)):
+            difference = float(np.abs(a - b).max(initial=0.0))
+            worst[k] = max(worst[k], difference)
+            accepted = accepted and difference <= tolerance * max(1.0, float(np.abs(b).max(initial=0.0)))
+    return Difference(state.name, way, worst[0], worst[1], worst[2], accepted)
+
+
+def _potential(potential: Potential) -> Way:
+    def evaluate(state: HeadState, frames: Sequence[Frame]) -> list[Prediction]:
+        with warnings.catch_warnings():
+            # whether the numbers mean something is not the question here
+            warnings.simplefilter("ignore", PredictionWarning)
+            return potential.evaluate([frame.atoms for frame in frames], state.name)
+
+    return evaluate
+
+
+def _training(path: Path) -> Way:
+    """Evaluate with the function that the training step differentiates."""
+    records = read(path).heads
+
+    def evaluate(state: HeadState, frames: Sequence[Frame]) -> list[Prediction]:
+        found: list[Prediction] = []
+        for batch_frames in _batches(frames):
+            batch = make_batch(batch_frames, state.model, state.default_fparam)
+            energy, forces, virial = predict(state.model, batch.structure, records[state.name].weights)
+            sizes = [len(frame.atoms) for frame in batch_frames]
+            for e, f, w, n in zip(energy, forces.split(sizes), virial, sizes, strict=True):
+                # the step sums over atoms, so that atomic energies are not among its results
+                atom_energy = np.full(n, float(e) / n)
+                found.append(
+                    Prediction(float(e), atom_energy, f.numpy(), w.reshape(3, 3).numpy(), state.name)
+                )
+        return found
+
+    return evaluate
+
+
+def _batches(frames: Sequence[Frame]) -> Iterator[list[Frame]]:
+    batch: list[Frame] = []
+    for frame in frames:
+        if batch and sum(len(f.atoms) for f in batch) + len(frame.atoms) > _ATOMS_PER_BATCH:
+            yield batch
+            batch = []
+        batch.append(frame)
+    if batch:
+        yield batch
+
+
+def _deepmd(path: Path) -> Way:
+    def evaluate(state: HeadState, frames: Sequence[Frame]) -> list[Prediction]:
+        model = importlib.import_module("deepmd.infer").DeepPot(str(path), head=state.name, no_jit=True)
+        index = {symbol: k for k, symbol in enumerate(model.get_type_map())}
+        found = []
+        for frame in frames:
+            atoms, extra = frame.atoms, _parameters(frame.atoms)
+            cell = atoms.cell.array.reshape(1, 9) if atoms.pbc.any() else None
+            types = [index[symbol] for symbol in atoms.symbols]
+            e, f, w = model.eval(atoms.positions[None], cell, types, **extra)[:3]
+            spread = np.full(len(atoms), float(e[0, 0]) / len(atoms))
+            found.append(Prediction(float(e[0, 0]), spread, f[0], w[0].reshape(3, 3), state.name))
+        return found
+
+    return evaluate
+
+
+def _parameters(atoms: ase.Atoms) -> dict[str, NDArray[np.float64]]:
+    found: dict[str, NDArray[np.float64]] = {}
+    if "fparam" in atoms.info:
+        found["fparam"] = np.asarray(atoms.info["fparam"], dtype=np.float64)[None]
+    if "aparam" in atoms.arrays:
+        found["aparam"] = np.asarray(atoms.arrays["aparam"], dtype=np.float64)[None]
+    return found
+
+
+def _known(frames: Sequence[Frame], state: HeadState) -> list[Frame]:
+    """Frames of elements that the head was trained on."""
+    known = state.observed_types or frozenset(state.model.type_map)
+    chosen = [frame for frame in frames if set(frame.atoms.get_chemical_symbols()) <= known]
+    if not chosen:
+        raise UnknownHeadError(
+            f"no frame has only elements that head {state.name!r} knows: {', '.join(sorted(known))}"
+        )
+    return chosen
+
+
+def sample_structures(state: HeadState) -> list[Frame]:
+    """Make up a periodic crystal with noise, a cluster and a single atom, of elements that the head knows."""
+    generator = np.random.default_rng(0)
+    symbols = sorted(state.observed_types or state.model.type_map)
+    grid = np.stack(np.meshgrid(*[np.arange(3.0)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    structures = []
+    for n_atoms, pbc in ((27, True), (9, False), (1, False)):
+        positions = 2.1 * grid[:n_atoms] + generator.uniform(-0.25, 0.25, (n_atoms, 3))
+        names = [symbols[k] for k in generator.integers(len(symbols), size=n_atoms)]
+        structures.append(ase.Atoms(names, positions, cell=[6.4, 6.3, 6.5] if pbc else None, pbc=pbc))
+    fitting = state.model.fitting
+    frames = []
+    for k, atoms in enumerate(structures):
+        if fitting.numb_fparam:
+            atoms.info["fparam"] = generator.uniform(0.0, 1.0, fitting.numb_fparam)
+        if fitting.numb_aparam:
+            atoms.arrays["aparam"] = generator.uniform(0.0, 1.0, (len(atoms), fitting.numb_aparam))
+        frames.append(make_frame(atoms, {}, dataset="made up", source="made up", index=k))
+    return frames
+
+
+def table(differences: Sequence[Difference]) -> Any:
+    """Table for the terminal."""
+    from rich.table import Table
+
+    made = Table(title="largest differences from eager evaluation")
+    for column in ("head", "way", "energy (eV/atom)", "forces (eV/Å)", "virial (eV)", ""):
+        made.add_column(column, justify="left" if column in ("head", "way") else "right")
+    for found in differences:
+        numbers = (f"{value:.1e}" for value in (found.energy, found.forces, found.virial))
+        made.add_row(found.head, found.way, *numbers, "ok" if found.accepted else "differs")
+    return made
+
+
+def by_head(differences: Sequence[Difference]) -> Mapping[str, bool]:
+    """Whether all ways of a head agree."""
+    heads = dict.fromkeys(found.head for found in differences)
+    return {head: all(d.accepted for d in differences if d.head == head) for head in heads}

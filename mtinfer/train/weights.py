@@ -1,0 +1,185 @@
+"""Weights of all tasks: which are shared, how they start, what the data statistics set."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.sharing import is_trainable
+from ..errors import TrainingError
+from ..inputs import ParameterSpec
+from ..models import EnergyModel
+from .config import Link, TrainConfig
+from .statistics import TaskStatistics, environment_weights, merged, parameter_weights, stat_blocks
+
+__all__ = ["Owners", "initial_weights", "set_statistics", "trained_names"]
+
+#: head -> canonical name -> tensor; heads that share a weight hold the same tensor
+AllWeights = dict[str, dict[str, Tensor]]
+
+#: weights of a fitting net that every head keeps to itself
+_OWN_OF_FITTING = ("fitting_net.bias_atom_e", "fitting_net.case_embd")
+
+
+class Owners:
+    """Which head's tensor a weight is, told from the links of the input."""
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        self._links = links
+
+    def __call__(self, head: str, name: str) -> str:
+        """Head whose tensor `head` uses for a weight: the base of the link, or itself."""
+        for link in self._links:
+            levels = dict(link.heads)
+            if head in levels and shares(link.part, levels[head], name):
+                return link.heads[0][0]
+        return head
+
+
+def shares(part: str, level: int, name: str) -> bool:
+    """Whether heads that share a part at some level have a weight in common."""
+    if part == "fitting_net":
+        return name.startswith("fitting_net.") and name not in _OWN_OF_FITTING
+    return name.startswith("descriptor." if level == 0 else "descriptor.type_embedding.")
+
+
+def initial_weights(config: TrainConfig, models: Mapping[str, EnergyModel]) -> AllWeights:
+    """Draw weights for all heads; statistics are those of no data.
+
+    The draw of a weight depends on the seed, the head that owns it, and its name.
+    """
+    owners = Owners(config.links)
+    names = sorted(models)
+    weights: AllWeights = {}
+    for task in config.tasks:
+        own = weights[task.name] = {}
+        for name, spec in models[task.name].parameters().items():
+            owner = owners(task.name, name)
+            if owner != task.name:
+                if models[owner].parameters().get(name) != spec:
+                    raise TrainingError(
+                        f"heads {owner!r} and {task.name!r} share {name!r} but differ in its shape"
+                    )
+                own[name] = (
+                    weights[owner][name] if owner in weights else _drawn(config, owner, name, spec, names)
+                )
+            else:
+                own[name] = _drawn(config, owner, name, spec, names)
+    for task in config.tasks:  # a base may come after the heads that link to it
+        for name in weights[task.name]:
+            weights[task.name][name] = weights[owners(task.name, name)][name]
+    return weights
+
+
+def _drawn(config: TrainConfig, head: str, name: str, spec: ParameterSpec, heads: Sequence[str]) -> Tensor:
+    model = next(task.model for task in config.tasks if task.name == head)
+    seed = zlib.crc32(f"{config.run.seed}/{head}/{name}".encode())
+    return initial_weight(name, spec, model, torch.Generator().manual_seed(seed), heads.index(head))
+
+
+def initial_weight(
+    name: str, spec: ParameterSpec, config: Mapping[str, Any], generator: torch.Generator, case: int
+) -> Tensor:
+    """One weight before training.
+
+    Parameters
+    ----------
+    config
+        completed entry of `model_dict`.
+    case
+        position of the head among all, sorted by name: its case embedding is that unit vector.
+    """
+    leaf = name.rpartition(".")[2]
+    constant = _constants(name, config, case, spec)
+    if constant is not None:
+        return constant.to(spec.dtype)
+    if "layer_norm." in name or "attn2_lm." in name:
+        return torch.full(spec.shape, 1.0 if leaf == "w" else 0.0, dtype=spec.dtype)
+    mean, std = 0.0, 1.0
+    if "_residual." in name:
+        block = config["descriptor"]["repflow" if "repflows" in name else "repformer"]
+        size = float(block["update_residual"])
+        mean, std = (size, 0.0) if block["update_residual_init"] == "const" else (0.0, size)
+    elif leaf == "idt":
+        mean, std = 0.1, 0.001
+    elif leaf == "w":
+        std = 1.0 / math.sqrt(sum(spec.shape))
+    noise = torch.randn(spec.shape, generator=generator, dtype=torch.float64)
+    return (mean + std * noise).to(spec.dtype)
+
+
+def _constants(name: str, config: Mapping[str, Any], case: int, spec: ParameterSpec) -> Tensor | None:
+    leaf = name.rpartition(".")[2]
+    if leaf == "default_fparam_tensor":
+        return torch.tensor(config["fitting_net"]["default_fparam"], dtype=torch.float64)
+    if leaf == "case_embd":
+        return torch.eye(spec.shape[0], dtype=torch.float64)[case]
+    if leaf == "min_nbor_dist":
+        return torch.tensor(-1.0, dtype=torch.float64)
+    fixed = config["descriptor"].get("repflow", {}).get("fix_stat_std") or 1.0
+    values = {"stddev": float(fixed), "out_std": 1.0, "fparam_inv_std": 1.0, "aparam_inv_std": 1.0}
+    if leaf in values:
+        return torch.full(spec.shape, values[leaf], dtype=torch.float64)
+    if leaf in ("mean", "out_bias", "bias_atom_e", "fparam_avg", "aparam_avg"):
+        return torch.zeros(spec.shape, dtype=torch.float64)
+    return None
+
+
+def trained_names(model: EnergyModel, config: Mapping[str, Any]) -> frozenset[str]:
+    """Weights that the optimizer may change, by the configuration of the head."""
+    names = {name for name in model.parameters() if is_trainable(name)}
+    descriptor = config["descriptor"]
+    if not descriptor["trainable"]:
+        names = {name for name in names if not name.startswith("descriptor.")}
+    if not config["fitting_net"]["trainable"]:
+        names = {name for name in names if not name.startswith("fitting_net.")}
+    if not descriptor.get("trainable_ln", True) or not descriptor.get("repformer", {}).get(
+        "trainable_ln", True
+    ):
+        names = {name for name in names if "layer_norm." not in name and "attn2_lm." not in name}
+    return frozenset(names)
+
+
+def set_statistics(
+    weights: AllWeights,
+    config: TrainConfig,
+    models: Mapping[str, EnergyModel],
+    statistics: Mapping[str, TaskStatistics],
+    probabilities: Mapping[str, float],
+) -> None:
+    """Put the statistics of the data into the weights, merged over heads that share them."""
+    for task in config.tasks:
+        head = task.name
+        own, model, found = weights[head], models[head], statistics[head]
+        own["out_bias"], own["out_std"] = found.out_bias.clone(), found.out_std.clone()
+        own["min_nbor_dist"] = torch.tensor(found.min_distance, dtype=torch.float64)
+        described = _linked(config, "descriptor", head)
+        for block in stat_blocks(model, task.model["descriptor"]):
+            moments = merged(
+                [statistics[other].moments[block.prefix] for other in described],
+                [probabilities[other] for other in described],
+            )
+            own |= environment_weights(block, moments, own[f"{block.prefix}.mean"].dtype)
+        fitted = _linked(config, "fitting_net", head)
+        shares_of = [probabilities[other] for other in fitted]
+        for name in ("fparam", "aparam"):
+            sums = merged([getattr(statistics[other], name) for other in fitted], shares_of)
+            own |= parameter_weights(name, sums, model.fitting.dtype)
+    owners = Owners(config.links)
+    for own_head, own in weights.items():
+        for name in own:
+            own[name] = weights[owners(own_head, name)][name]
+
+
+def _linked(config: TrainConfig, part: str, head: str) -> list[str]:
+    """Heads whose statistics make those of `head`, the base first."""
+    for link in config.links:
+        levels = dict(link.heads)
+        if link.part == part and levels.get(head) == 0:
+            return [other for other, level in link.heads if level == 0]
+    return [head]

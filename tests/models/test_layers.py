@@ -1,0 +1,153 @@
+"""Activations, affine layers with shortcuts, and the switch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from random_models import network, random_weights
+
+from mtinfer.errors import UnsupportedModelError
+from mtinfer.models.layers import Network, activation, layer_norm, precision, required, safe_norm, switch
+
+X = torch.linspace(-12.0, 12.0, 97, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("tanh", torch.tanh),
+        ("relu", torch.relu),
+        ("relu6", torch.nn.functional.relu6),
+        ("sigmoid", torch.sigmoid),
+        ("softplus", lambda x: torch.nn.functional.softplus(x, threshold=100)),
+        ("gelu", lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
+        ("gelu_tf", lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
+        ("silu", torch.nn.functional.silu),
+        ("none", lambda x: x),
+        ("Linear", lambda x: x),
+        ("TANH", torch.tanh),
+    ],
+)
+def test_activations_known_to_torch(name: str, expected: object) -> None:
+    torch.testing.assert_close(activation(name)(X), expected(X), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "threshold"),
+    [("silut", 3.0), ("silut:1.5", 1.5), ("custom_silu", 3.0), ("custom_silu:0.5", 0.5)],
+)
+def test_silut_is_silu_below_its_threshold_and_bounded_growth_above(name: str, threshold: float) -> None:
+    f = activation(name)
+    below = X[X.lt(threshold)]
+    torch.testing.assert_close(f(below), torch.nn.functional.silu(below))
+    sigma = 1.0 / (1.0 + math.exp(-threshold))
+    assert f(torch.tensor(1e6, dtype=torch.float64)).item() == pytest.approx(threshold * sigma + 1.0)
+    # value and slope are continuous
+    at = torch.tensor([threshold - 1e-7, threshold + 1e-7], dtype=torch.float64)
+    values, slopes = f(at), torch.func.vmap(torch.func.grad(f))(at)
+    assert abs(values[1] - values[0]) < 1e-6
+    assert abs(slopes[1] - slopes[0]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["tanh", "softplus", "gelu", "silu", "silut", "sigmoid"])
+def test_two_derivatives_of_activations(name: str) -> None:
+    x = torch.linspace(-2.0, 2.9, 23, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(activation(name), x)
+
+
+@pytest.mark.parametrize("name", ["softplus", "sigmoid", "silu", "gelu", "tanh", "silut"])
+def test_activations_do_not_overflow(name: str) -> None:
+    far = torch.tensor([-800.0, 800.0], dtype=torch.float64)
+    assert torch.isfinite(activation(name)(far)).all()
+    assert torch.isfinite(torch.func.vmap(torch.func.grad(activation(name)))(far)).all()
+
+
+@pytest.mark.parametrize("name", ["tahn", "relu:2", "swish"])
+def test_unknown_activation(name: str) -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=f"activation function '{name}' is unknown.*known are tanh, "
+    ):
+        activation(name)
+
+
+def test_misspelled_activation_is_recognised() -> None:
+    with pytest.raises(UnsupportedModelError, match="did you mean 'tanh'"):
+        activation("tahn")
+
+
+def test_precision() -> None:
+    names = ("default", "float64", "double", "float32", "single")
+    assert [precision(name) for name in names] == [torch.float64] * 3 + [torch.float32] * 2
+    with pytest.raises(UnsupportedModelError, match="precision 'float16' is not supported"):
+        precision("float16")
+
+
+@pytest.mark.parametrize("resnet_dt", [False, True])
+def test_network_with_every_kind_of_shortcut(resnet_dt: bool) -> None:
+    net = Network("net", (3, 3, 6, 5), "tanh", resnet_dt, torch.float64)
+    assert [net.repeats(k) for k in range(3)] == [1, 2, 0]
+    names = {f"net.layers.{k}.{leaf}" for k in range(3) for leaf in "wb"}
+    names |= {"net.layers.0.idt", "net.layers.1.idt"} if resnet_dt else set()
+    assert net.parameters().keys() == names
+    weights = random_weights(net.parameters())
+    x = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = [network(row, weights, "net", 3) for row in x.numpy()]
+    np.testing.assert_allclose(net(x, weights).numpy(), expected, rtol=1e-13)
+    columns = x.reshape(1, 7, 3).transpose(1, 2)
+    for k in range(3):
+        columns = net.columns(k, columns, weights)
+    np.testing.assert_allclose(columns[0].T.numpy(), expected, rtol=1e-13)
+
+
+def test_output_layer_is_affine() -> None:
+    net = Network("net", (4, 1), "tanh", True, torch.float64, linear_output=True)
+    weights = random_weights(net.parameters())
+    x = torch.ones(2, 4, dtype=torch.float64)
+    torch.testing.assert_close(net(x, weights), x @ weights["net.layers.0.w"] + weights["net.layers.0.b"])
+
+
+@pytest.mark.parametrize("widths", [(3, 4), (3, 3), (3, 6), (1, 1, 2), (1, 2), (1, 5)])
+def test_network_on_a_scalar_with_the_rest_multiplied_out(widths: tuple[int, ...]) -> None:
+    net = Network("net", widths, "tanh", True, torch.float64)
+    weights = random_weights(net.parameters())
+    x = torch.randn(5, widths[0], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    shift = x[:, 1:] @ weights["net.layers.0.w"][1:] + weights["net.layers.0.b"]
+    torch.testing.assert_close(net.on_scalar(x[:, :1], x[:, 1:], shift, weights), net(x, weights))
+
+
+def test_layer_norm() -> None:
+    x, scale, shift = (torch.randn(n, 6, dtype=torch.float64) for n in (4, 1, 1))
+    expected = torch.nn.functional.layer_norm(x, (6,), scale[0], shift[0], 1e-3)
+    torch.testing.assert_close(layer_norm(x, scale[0], shift[0], 1e-3), expected)
+
+
+def test_safe_norm_has_no_gradient_at_the_origin() -> None:
+    x = torch.tensor([[3.0, 0.0, 4.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert safe_norm(x).tolist() == [[5.0], [0.0]]
+    gradient = torch.func.grad(lambda v: safe_norm(v).sum())(x)
+    torch.testing.assert_close(
+        gradient, torch.tensor([[0.6, 0.0, 0.8], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    )
+
+
+def test_switch_falls_smoothly_from_one_to_zero() -> None:
+    r = torch.tensor([0.1, 2.0, 3.0, 4.0, 9.0], dtype=torch.float64)
+    assert switch(r, 2.0, 4.0).tolist() == [1.0, 1.0, 0.5, 0.0, 0.0]
+
+    def w(r: torch.Tensor) -> torch.Tensor:
+        return switch(r, 2.0, 4.0)
+
+    slope = torch.func.grad(w)
+    for edge in (2.0, 4.0):
+        inside = torch.tensor(3.0 + 0.9999999 * (edge - 3.0), dtype=torch.float64)
+        assert abs(slope(inside)) < 1e-9
+        assert abs(torch.func.grad(slope)(inside)) < 1e-5
+
+
+def test_required_key() -> None:
+    assert required({"rcut": 6.0}, "rcut", "se_e2_a") == 6.0
+    with pytest.raises(UnsupportedModelError, match="se_e2_a lacks the required key 'sel'"):
+        required({}, "sel", "se_e2_a")

@@ -1,0 +1,113 @@
+"""Train, write, load, evaluate: the numbers that training saw are the numbers that a user gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny_inputs import DESCRIPTORS, SYSTEMS, plan_of, shared_input
+
+import mtinfer
+from mtinfer.checkpoint.load import read
+from mtinfer.checkpoint.writer import convert
+from mtinfer.data import read_frames
+from mtinfer.train.commands import verify as verify_command
+from mtinfer.train.trainer import Trainer
+from mtinfer.train.verify import verify
+
+
+def train(folder: Path, kind: str, fitting: bool, mode: Any, n_steps: int = 30) -> Trainer:
+    content = shared_input(kind, fitting=fitting, numb_steps=n_steps, disp_freq=1000, save_freq=1000)
+    trainer = Trainer(plan_of(content), folder, mode=mode)
+    trainer.run()
+    return trainer
+
+
+def _marked(kind: str, mode: str) -> Any:
+    slow = mode == "wait" and kind != "dpa1strip"
+    return pytest.param(kind, mode, marks=[pytest.mark.slow] if slow else [], id=f"{kind}-{mode}")
+
+
+CASES = [_marked(kind, mode) for kind in DESCRIPTORS for mode in ("off", "wait")]
+
+
+@pytest.mark.parametrize("fitting", [False, True], ids=["separate", "shared"])
+@pytest.mark.parametrize(("kind", "mode"), CASES)
+def test_what_was_trained_is_what_is_evaluated(tmp_path: Path, kind: str, mode: str, fitting: bool) -> None:
+    trainer = train(tmp_path, kind, fitting, mode)
+    path = tmp_path / "model.ckpt-30.pt"
+    potential = mtinfer.load(path, compile="off" if mode == "off" else "wait")
+    for k, task in enumerate(trainer.plan.tasks):
+        frames = read_frames(SYSTEMS[task.name])
+        system = task.systems[0]
+        batch = trainer._batches(k, 0, system, (0,))
+        result = trainer.steps[task.name](
+            batch, task.config.loss.labels(batch, 1.0), trainer.weights[task.name]
+        )
+        prediction = potential.evaluate(frames[0].atoms, task.name)
+        assert prediction.energy == pytest.approx(float(result.energy[0]), rel=1e-12, abs=1e-10)
+        torch.testing.assert_close(torch.tensor(prediction.forces), result.forces, rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            torch.tensor(prediction.virial).reshape(1, 9), result.virial, rtol=0, atol=1e-9
+        )
+    if mode == "wait":
+        assert all(step.graph.is_compiled for step in trainer.steps.values())
+        assert len({id(step) for step in trainer.steps.values()}) == 1
+    found = list(verify(path, compiled=mode == "wait"))
+    assert {d.way for d in found} >= {"training", *(["compiled"] if mode == "wait" else [])}
+    assert all(d.accepted for d in found), found
+
+
+def test_verify_sees_through_poison(tmp_path: Path) -> None:
+    train(tmp_path, "dpa1strip", True, "off", 4)
+    content = torch.load(tmp_path / "model.ckpt-4.pt", weights_only=True)
+    wrong = torch.full((3,), 7.0)
+    for head in SYSTEMS:
+        content["model"][f"model.{head}._task_copper.fitting_net.bias"] = wrong
+        content["model"][f"model.{head}.compiled_forward_lower._orig_mod._param_constant0"] = wrong
+    torch.save(content, tmp_path / "poisoned.pt")
+    result = CliRunner().invoke(verify_command, [str(tmp_path / "poisoned.pt"), "--compile", "off"])
+    assert result.exit_code == 0, result.output
+    assert "clusters" in result.output
+    clean, poisoned = (
+        mtinfer.load(tmp_path / name, compile=False) for name in ("model.ckpt-4.pt", "poisoned.pt")
+    )
+    atoms = read_frames(SYSTEMS["copper"])[0].atoms
+    assert clean.evaluate(atoms, "copper").energy == poisoned.evaluate(atoms, "copper").energy
+
+
+def test_verify_fails_where_the_numbers_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, "dpa1strip", True, "off", 2)
+    import mtinfer.train.verify as module
+
+    def wrong(*arguments: Any) -> Any:
+        energy, forces, virial = module_predict(*arguments)
+        return energy, forces + 1e-6, virial
+
+    module_predict = module.predict
+    monkeypatch.setattr(module, "predict", wrong)
+    result = CliRunner().invoke(verify_command, [str(tmp_path / "model.ckpt.pt"), "--compile", "off"])
+    assert result.exit_code != 0
+    assert "differs" in result.output
+
+
+@pytest.mark.parametrize("kind", DESCRIPTORS)
+@pytest.mark.parametrize("dialect", ["pt", "pt_expt"])
+def test_a_converted_checkpoint_has_the_same_weights(tmp_path: Path, kind: str, dialect: str) -> None:
+    train(tmp_path, kind, False, "off", 2)
+    source = read(tmp_path / "model.ckpt.pt")
+    target = tmp_path / "converted.pt"
+    convert(source, target, dialect)
+    written = read(target)
+    assert written.dialect == dialect
+    assert written.step == source.step
+    for head, record in source.heads.items():
+        other = written.heads[head].weights
+        assert record.weights.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in record.weights.items())
+    a, b = (written.heads[head].weights for head in SYSTEMS)
+    assert a["out_bias"] is not b["out_bias"]
+    assert all(a[n].data_ptr() == b[n].data_ptr() for n in a if n.startswith("descriptor."))

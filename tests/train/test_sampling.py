@@ -1,0 +1,69 @@
+"""What a step sees depends on seed and step alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from tiny_inputs import plan_of, shared_input
+
+from mtinfer.train.config import DataConfig
+from mtinfer.train.plan import Plan
+from mtinfer.train.sampling import Sampler, system_probabilities
+
+
+def sampler_of(plan: Plan, rank: int = 0, n_ranks: int = 1, drawn: list[list[int]] | None = None) -> Sampler:
+    tasks = [(task.systems, task.system_probabilities) for task in plan.tasks]
+    return Sampler(7, tasks, plan.probabilities, rank, n_ranks, drawn=drawn or [])
+
+
+def test_a_resumed_sampler_goes_on() -> None:
+    plan = plan_of(shared_input("dpa1strip"))
+    whole, first = sampler_of(plan), sampler_of(plan)
+    expected = [whole.draw(step) for step in range(30)]
+    got = [first.draw(step) for step in range(13)]
+    second = sampler_of(plan, drawn=[list(row) for row in first.drawn])
+    assert got + [second.draw(step) for step in range(13, 30)] == expected
+
+
+def test_every_frame_is_seen_once_per_pass() -> None:
+    plan = plan_of(shared_input("dpa1strip"))
+    sampler = sampler_of(plan)
+    seen = Counter(draw for draw in (sampler.draw(step) for step in range(400)))
+    for task, systems in enumerate(sampler.drawn):
+        for index, count in enumerate(systems):
+            n = [seen[task, index, (k,)] for k in range(len(plan.tasks[task].systems[index].frames))]
+            assert sum(n) == count
+            assert max(n) - min(n) <= 1
+
+
+def test_ranks_draw_one_system_and_share_its_batches() -> None:
+    plan = plan_of(shared_input("dpa1strip"))
+    ranks = [sampler_of(plan, rank, 2) for rank in range(2)]
+    for step in range(40):
+        (task, index, mine), (other_task, other_index, others) = (rank.draw(step) for rank in ranks)
+        assert (task, index) == (other_task, other_index)
+        if len(plan.tasks[task].systems[index].frames) == 2:
+            assert {*mine, *others} == {0, 1}
+
+
+def test_tasks_are_drawn_by_their_probability() -> None:
+    plan = plan_of(shared_input("dpa1strip", model_prob={"clusters": 3.0, "copper": 1.0}))
+    sampler = sampler_of(plan)
+    share = np.mean([sampler.draw(step)[0] == 0 for step in range(2000)])
+    assert share == pytest.approx(0.75, abs=0.03)
+
+
+def test_systems_are_weighted() -> None:
+    systems = plan_of(shared_input("dpa1strip")).tasks[1].systems
+
+    def probabilities(auto_prob: str, sys_probs: tuple[float, ...] | None = None) -> list[float]:
+        config = DataConfig(("",), 1, auto_prob, sys_probs)
+        return system_probabilities(config, systems).tolist()
+
+    n_batches = [system.n_batches for system in systems]
+    assert probabilities("prob_sys_size") == pytest.approx([n / sum(n_batches) for n in n_batches])
+    assert probabilities("prob_uniform") == [0.5, 0.5]
+    assert probabilities("prob_sys_size;0:1:0.2;1:2:0.8") == pytest.approx([0.2, 0.8])
+    assert probabilities("prob_uniform", (3.0, 1.0)) == [0.75, 0.25]

@@ -1,0 +1,104 @@
+"""Statistics of the data, compared with those of deepmd-kit 3.2.0 (tests/data/make_statistics.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from tiny_inputs import FRAMES, SYSTEMS, plan_of, shared_input
+
+from mtinfer.checkpoint.dialects import canonical_name
+from mtinfer.data import Frame
+from mtinfer.data.frame import make_frame
+from mtinfer.train.config import parse_config
+from mtinfer.train.plan import make_plan
+from mtinfer.train.statistics import collect, energy_bias, mean_and_std, merged, parameter_weights
+from mtinfer.train.weights import initial_weights, set_statistics
+
+STORED = Path(__file__).parents[1] / "data" / "training" / "statistics.json"
+#: relative to the number where that is larger than 1
+TOLERANCE = 1e-10
+
+
+def _stored() -> dict[str, Any]:
+    return dict(json.loads(STORED.read_text()))
+
+
+@pytest.mark.parametrize("kind", ["se_e2_a", "dpa1", "dpa2", "dpa3"])
+def test_statistics_equal_those_of_deepmd_kit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FRAMES.parent))
+    import make_statistics
+
+    content = make_statistics.training_input(make_statistics.DESCRIPTORS[kind])
+    plan = make_plan(parse_config(content, Path("input.json")))
+    weights = initial_weights(plan.config, plan.models)
+    found = {task.name: collect(task.systems, task.model, task.config.model) for task in plan.tasks}
+    probabilities = dict(zip(plan.models, plan.probabilities, strict=True))
+    set_statistics(weights, plan.config, plan.models, found, probabilities)
+    stored = _stored()[kind]
+    assert set(stored) == set(weights)
+    for head, entries in stored.items():
+        for key, expected in entries.items():
+            name = str(canonical_name("pt_expt", key))
+            got = weights[head][name]
+            rows = got[:, 0] if got.dim() == 3 and got.shape[0] > 1 else got.reshape(-1)
+            np.testing.assert_allclose(
+                rows, expected, rtol=TOLERANCE, atol=TOLERANCE, err_msg=f"{head} {name}"
+            )
+    assert any(np.abs(entries[key]).max() > 0.1 for entries in stored.values() for key in entries)
+
+
+def _frame(symbols: str, energy: float | None) -> Frame:
+    atoms = Atoms(symbols, positions=np.arange(3.0 * len(Atoms(symbols))).reshape(-1, 3))
+    labels = {} if energy is None else {"energy": energy}
+    return make_frame(atoms, labels, dataset="", source="", index=0)
+
+
+def test_energy_bias_is_the_least_squares_solution() -> None:
+    frames = [_frame("H2O", -4.0), _frame("H4O", -6.0), _frame("HO", None), _frame("OH2", -4.4)]
+    bias, std = energy_bias(frames, ["H", "O", "Cu"])
+    np.testing.assert_allclose(bias[0, :, 0], [-0.9, -2.4, 0.0], atol=1e-12)
+    assert std[0, 0, 0] == pytest.approx(np.std([0.2, 0.0, -0.2]))
+
+
+def test_a_preset_energy_bias_is_kept() -> None:
+    frames = [_frame("H2O", -4.0), _frame("H4O", -6.5)]
+    bias, _ = energy_bias(frames, ["H", "O"], {"energy": [None, -2.0]})
+    assert bias[0, 1, 0] == -2.0
+    assert bias[0, 0, 0] == pytest.approx((2 * -2.0 + 4 * -4.5) / 20)
+
+
+def test_merged_sums_are_weighted_by_probability() -> None:
+    base, link = torch.tensor([2.0, 6.0, 20.0]), torch.tensor([4.0, 4.0, 8.0])
+    torch.testing.assert_close(merged([base, link], [0.25, 0.5]), base + 2.0 * link)
+    torch.testing.assert_close(base, torch.tensor([2.0, 6.0, 20.0]))  # untouched
+
+
+def test_standard_deviations_have_a_floor() -> None:
+    sums = torch.tensor([[4.0, 4.0, 4.0], [0.0, 0.0, 0.0], [2.0, 4.0, 10.0]], dtype=torch.float64)
+    mean, std = mean_and_std(sums)
+    torch.testing.assert_close(mean, torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64))
+    torch.testing.assert_close(std, torch.tensor([0.01, 0.1, 1.0], dtype=torch.float64))
+
+
+def test_frame_parameters_are_standardised() -> None:
+    values = torch.tensor([[1.0, 5.0], [3.0, 5.0]], dtype=torch.float64)
+    sums = torch.stack([torch.full((2,), 2.0), values.sum(0), (values**2).sum(0)], dim=1).to(torch.float64)
+    weights = parameter_weights("fparam", sums, torch.float64)
+    torch.testing.assert_close(weights["fitting_net.fparam_avg"], torch.tensor([2.0, 5.0]).double())
+    torch.testing.assert_close(weights["fitting_net.fparam_inv_std"], torch.tensor([1.0, 100.0]).double())
+
+
+def test_elements_and_smallest_distance_of_the_data_are_found() -> None:
+    plan = plan_of(shared_input("dpa1strip"))
+    found = collect(plan.tasks[0].systems, plan.tasks[0].model, plan.tasks[0].config.model)
+    assert found.observed == ("H", "O")
+    frames = [frame for system in plan.tasks[0].systems for frame in system.frames]
+    distances = [frame.atoms.get_all_distances() + 9.0 * np.eye(len(frame.atoms)) for frame in frames]
+    assert found.min_distance == pytest.approx(min(d.min() for d in distances))
+    assert list(SYSTEMS) == [task.name for task in plan.tasks]

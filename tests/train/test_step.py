@@ -1,0 +1,225 @@
+"""The training step: gradients, sharing, and one graph for all tasks of an architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from tiny_inputs import DESCRIPTORS, FITTING, SYSTEMS, plan_of, shared_input, training_input
+from torch import Tensor
+
+from mtinfer.models import EnergyModel
+from mtinfer.train.batch import Batch, Labels, make_batch
+from mtinfer.train.plan import Plan
+from mtinfer.train.step import TrainingStep, predict, signature, total_loss
+from mtinfer.train.weights import initial_weights
+
+#: relative to the largest entry of a gradient
+GRADIENT_TOLERANCE = 1e-10
+
+
+def weights_of(plan: Plan, seed: int = 0) -> dict[str, dict[str, Tensor]]:
+    """Initial weights with statistics that are not trivial."""
+    weights = initial_weights(plan.config, plan.models)
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in {id(t): t for own in weights.values() for t in own.values()}.values():
+        tensor.add_(torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype), alpha=0.1)
+    return weights
+
+
+def batch_and_labels(plan: Plan, task: int, frames: int = 2) -> tuple[Batch, Labels]:
+    """Frames of different sizes: one of each system."""
+    chosen = [system.frames[0] for system in plan.tasks[task].systems[:frames]]
+    batch = make_batch(chosen, plan.tasks[task].model, None)
+    return batch, plan.tasks[task].config.loss.labels(batch, 0.7)
+
+
+def double_backward(
+    model: EnergyModel, batch: Batch, labels: Labels, weights: Mapping[str, Tensor], names: list[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients by torch.autograd, forces with a graph of their own."""
+
+    class Autograd:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+        def energies_and_gradients(self, arrays: Any, tensors: Any, group: Any) -> tuple[Tensor, ...]:
+            arrays = tuple(array.clone().requires_grad_(True) for array in arrays)
+            energies = model.atom_energies(arrays, tensors, group)
+            return energies, *torch.autograd.grad(energies.sum(), arrays, create_graph=True)
+
+    varied = {n: t.detach().clone().requires_grad_(n in names) for n, t in weights.items()}
+    loss = total_loss(predict(Autograd(), batch.structure, varied), labels)  # type: ignore[arg-type]
+    found = torch.autograd.grad(loss, [varied[name] for name in names], allow_unused=True)
+    zeros = (torch.zeros_like(varied[name]) for name in names)
+    return loss.detach(), {
+        name: zero if gradient is None else gradient
+        for name, gradient, zero in zip(names, found, zeros, strict=True)
+    }
+
+
+def assert_gradients_equal(plan: Plan, step: TrainingStep, task: int) -> None:
+    weights = weights_of(plan)[plan.tasks[task].name]
+    batch, labels = batch_and_labels(plan, task)
+    step(batch, labels, weights)  # a compiled graph compares its first call with eager
+    got = step(batch, labels, weights)
+    loss, expected = double_backward(plan.tasks[task].model, batch, labels, weights, step.trained)
+    assert float(got.loss) == pytest.approx(float(loss), rel=1e-12)
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        assert float((got.gradients[name] - gradient).abs().max()) <= GRADIENT_TOLERANCE * scale, name
+    assert any(float(gradient.abs().max()) > 1e-3 for gradient in expected.values())
+
+
+@pytest.mark.parametrize("kind", DESCRIPTORS)
+def test_gradients_equal_double_backward(kind: str) -> None:
+    plan = plan_of(shared_input(kind, fitting=True))
+    step = TrainingStep(plan.tasks[0].model, weights_of(plan)["clusters"], "off")
+    for task in range(2):
+        assert_gradients_equal(plan, step, task)
+
+
+_SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind", ["dpa1strip", *(pytest.param(k, marks=_SLOW) for k in DESCRIPTORS if k != "dpa1strip")]
+)
+def test_one_compiled_graph_has_the_gradients_of_all_tasks(kind: str) -> None:
+    plan = plan_of(shared_input(kind))
+    step = TrainingStep(plan.tasks[0].model, weights_of(plan)["clusters"], "wait")
+    for task in range(2):
+        assert_gradients_equal(plan, step, task)
+    assert step.graph.is_compiled
+    assert step.graph.n_compiled <= 1
+
+
+def test_gradients_equal_finite_differences() -> None:
+    plan = plan_of(shared_input("se_e2_a"))
+    step = TrainingStep(plan.tasks[0].model, weights_of(plan)["clusters"], "off")
+    weights = weights_of(plan)["clusters"]
+    batch, labels = batch_and_labels(plan, 0)
+    result = step(batch, labels, weights)
+    for name in ("descriptor.embeddings.0.layers.1.w", "fitting_net.nets.1.layers.0.w"):
+        losses = []
+        for shift in (1e-5, -1e-5):
+            changed = weights | {name: weights[name].clone()}
+            changed[name][0, 0] += shift
+            losses.append(float(step(batch, labels, changed).loss))
+        numeric = (losses[0] - losses[1]) / 2e-5
+        assert numeric == pytest.approx(float(result.gradients[name][0, 0]), rel=1e-5)
+
+
+def test_a_batch_is_the_mean_of_its_frames() -> None:
+    plan = plan_of(shared_input("dpa1strip"))
+    task = plan.tasks[0]
+    weights = weights_of(plan)["clusters"]
+    step = TrainingStep(task.model, weights, "off")
+    frames = [system.frames[0] for system in task.systems]
+    together = make_batch(frames, task.model, None)
+    result = step(together, task.config.loss.labels(together, 1.0), weights)
+    for k, frame in enumerate(frames):
+        single = make_batch([frame], task.model, None)
+        alone = step(single, task.config.loss.labels(single, 1.0), weights)
+        assert float(alone.energy[0]) == pytest.approx(float(result.energy[k]), abs=1e-12)
+        own = result.forces[together.frames == k]
+        torch.testing.assert_close(own, alone.forces, rtol=0, atol=1e-12)
+
+
+def test_missing_labels_have_no_weight() -> None:
+    plan = plan_of(shared_input("dpa1strip"))
+    labels = batch_and_labels(plan, 0)[1]
+    assert not labels.virial_weight.any()  # clusters have no virial
+    assert labels.energy_weight.all()
+    labels = batch_and_labels(plan, 1)[1]
+    assert labels.virial_weight.all()
+
+
+def test_the_loss_is_that_of_the_formula() -> None:
+    plan = plan_of(shared_input("dpa1strip"))
+    task = plan.tasks[1]
+    batch, labels = batch_and_labels(plan, 1)
+    weights = weights_of(plan)["copper"]
+    result = TrainingStep(task.model, weights, "off")(batch, labels, weights)
+    loss = task.config.loss
+    e, f, v = (limit + (start - limit) * 0.7 for start, limit in zip(loss.start, loss.limit, strict=True))
+    n = torch.tensor([31.0, 32.0], dtype=torch.float64)
+    expected = e * ((result.energy - batch.energy) ** 2 / n).mean()
+    expected += f * ((result.forces - batch.forces) ** 2).sum() / (3 * n.sum())
+    expected += v * (((result.virial - batch.virial) ** 2).mean(1) / n).mean()
+    assert float(result.loss) == pytest.approx(float(expected), rel=1e-12)
+
+
+# ---- sharing -----------------------------------------------------------------------------------------
+
+
+def _owned(weights: Mapping[str, Mapping[str, Tensor]]) -> set[str]:
+    """Names that both tasks have in common."""
+    a, b = (weights[task] for task in SYSTEMS)
+    return {name for name in a if name in b and a[name] is b[name]}
+
+
+def test_shared_fitting_net_with_different_descriptors() -> None:
+    other = {**DESCRIPTORS["dpa1strip"], "rcut": 4.0}
+    content = training_input(
+        {"clusters": DESCRIPTORS["dpa1strip"], "copper": other}, dict.fromkeys(SYSTEMS, "fit")
+    )
+    plan = plan_of(content)
+    common = _owned(initial_weights(plan.config, plan.models))
+    assert all(name.startswith("fitting_net.") for name in common)
+    assert "fitting_net.nets.0.layers.0.w" in common
+    assert "fitting_net.case_embd" not in common
+    assert signature(plan.tasks[0].model) != signature(plan.tasks[1].model)
+
+
+def test_level_one_shares_the_type_embedding_alone() -> None:
+    content = training_input({"clusters": "desc", "copper": "desc:1"}, dict.fromkeys(SYSTEMS, FITTING))
+    plan = plan_of(content)
+    assert _owned(initial_weights(plan.config, plan.models)) == {"descriptor.type_embedding.layers.0.w"}
+    assert signature(plan.tasks[0].model) == signature(plan.tasks[1].model)
+
+
+def test_equal_architectures_that_share_nothing_have_one_graph() -> None:
+    content = training_input(
+        dict.fromkeys(SYSTEMS, DESCRIPTORS["dpa1strip"]), dict.fromkeys(SYSTEMS, FITTING)
+    )
+    plan = plan_of(content)
+    weights = initial_weights(plan.config, plan.models)
+    assert not _owned(weights)
+    name = "fitting_net.nets.0.layers.0.w"
+    assert not torch.equal(weights["clusters"][name], weights["copper"][name])
+    assert signature(plan.tasks[0].model) == signature(plan.tasks[1].model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rcut": 4.0}, {"axis_neuron": 3}, {"activation_function": "gelu"}, {"smooth_type_embedding": False}],
+)
+def test_different_architectures_never_have_one_graph(change: dict[str, Any]) -> None:
+    descriptors = {"clusters": DESCRIPTORS["dpa1strip"], "copper": {**DESCRIPTORS["dpa1strip"], **change}}
+    plan = plan_of(training_input(descriptors, dict.fromkeys(SYSTEMS, FITTING)))
+    assert signature(plan.tasks[0].model) != signature(plan.tasks[1].model)
+
+
+def test_excluded_types_have_a_graph_of_their_own() -> None:
+    content = training_input(
+        dict.fromkeys(SYSTEMS, DESCRIPTORS["dpa1strip"]), dict.fromkeys(SYSTEMS, FITTING)
+    )
+    content["model"]["model_dict"]["clusters"]["atom_exclude_types"] = [0]
+    plan = plan_of(content)
+    assert signature(plan.tasks[0].model) != signature(plan.tasks[1].model)
+
+
+@pytest.mark.parametrize("mode", ["off", "wait"])
+def test_a_changed_energy_bias_counts_at_the_next_call(mode: Any) -> None:
+    plan = plan_of(shared_input("dpa1strip"))
+    weights = weights_of(plan)["clusters"]
+    step = TrainingStep(plan.tasks[0].model, weights, mode)
+    batch, labels = batch_and_labels(plan, 0)
+    step(batch, labels, weights)
+    before = step(batch, labels, weights)
+    shifted = weights | {"out_bias": weights["out_bias"] + 0.5}
+    after = step(batch, labels, shifted)
+    torch.testing.assert_close(after.energy, before.energy + 0.5 * batch.n_atoms, rtol=0, atol=1e-12)
