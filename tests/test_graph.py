@@ -22,7 +22,6 @@ from ase.build import bulk
 from ase.md.nose_hoover_chain import IsotropicMTKNPT
 from reference_files import COMPILED, DATA, FILES, SE_E2_A, STRIP, heads, structures
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mtinfer
 from mtinfer import MTCalculator, Potential
@@ -239,6 +238,7 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 # --- whatever goes wrong, the answer is right
 
 
+@pytest.mark.slow
 def test_no_compiler(tmp_path: Path) -> None:
     """In a process of its own: the compiler is chosen when torch's package is imported."""
     script = f"""
@@ -366,31 +366,6 @@ def test_off_never_compiles(store: Path) -> None:
 
 
 # --- devices
-
-
-def fake_arguments(graph: SharedGraph, device: str) -> list[Tensor]:
-    names = sorted({axis for argument in graph.arguments for axis in argument.axes if isinstance(axis, str)})
-    size = dict(zip(names, range(5, 50), strict=False))
-    shapes = [[size.get(axis, axis) for axis in argument.axes] for argument in graph.arguments]
-    return [
-        torch.empty(shape, dtype=argument.dtype, device=device)
-        for shape, argument in zip(shapes, graph.arguments, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_forward_mathematics_stays_on_its_device(path: Path, eager: Callable[..., Potential]) -> None:
-    """Fake CUDA tensors need no GPU, and mixing devices raises."""
-    for graph in eager(path).graphs:
-        with FakeTensorMode():
-            on_gpu, on_cpu = (
-                [torch.empty(weight.shape, dtype=weight.dtype, device=device) for weight in graph.weights]
-                for device in ("cuda", "cpu")
-            )
-            outputs = graph.function(*fake_arguments(graph, "cuda"), *on_gpu)
-            assert {output.device.type for output in outputs} == {"cuda"}
-            with pytest.raises(RuntimeError, match="device"):
-                graph.function(*fake_arguments(graph, "cuda"), *on_cpu)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
