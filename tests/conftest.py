@@ -49,20 +49,3 @@ def eager() -> Callable[..., mtinfer.Potential]:
         return mtinfer.load(path, device="cpu", dtype=dtype, compile=False)
 
     return load
-
-
-#: tests that do not pass, or were never seen to pass, at this commit: out of the default run until mended
-NOT_YET_PASSING = (
-    "tests/models/",
-    "tests/test_testing.py",
-    "tests/test_graph.py::test_no_compiler",
-    "tests/test_calculator.py::test_calculators_share_a_potential",
-    "tests/test_reference.py::test_compiled_agrees_from_either_container[dpa3-shared-pt]",
-    "tests/checkpoint/test_load.py::test_reading_leaves_the_allow_list_as_it_was",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.nodeid.startswith(NOT_YET_PASSING):
-            item.add_marker(pytest.mark.slow)

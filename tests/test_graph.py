@@ -238,21 +238,21 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 # --- whatever goes wrong, the answer is right
 
 
-@pytest.mark.slow
 def test_no_compiler(tmp_path: Path) -> None:
     """In a process of its own: the compiler is chosen when torch's package is imported."""
     script = f"""
 import mtinfer, warnings
 from ase import Atoms
+from mtinfer.graph import GraphWarning
 water = Atoms("OH2", [[0, 0, 0], [0, 0.8, 0.6], [0, -0.8, 0.6]])
 with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always", mtinfer.graph.GraphWarning)
+    warnings.simplefilter("always", GraphWarning)
     potential = mtinfer.load({str(SE_E2_A)!r}, compile="wait")
     energies = [potential.evaluate(water, "water").energy for _ in range(2)]
 eager = mtinfer.load({str(SE_E2_A)!r}, compile=False).evaluate(water, "water").energy
 assert energies == [eager, eager]
 assert potential.graphs_compiled == 0
-print(*(w.message for w in caught if w.category is mtinfer.graph.GraphWarning), sep="\n")
+print(*(w.message for w in caught if w.category is GraphWarning), sep="\\n")
 """
     environment = os.environ | {"CXX": "/nonexistent/c++", "MTINFER_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)

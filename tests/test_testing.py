@@ -195,7 +195,7 @@ def test_example_structure_is_smooth_and_has_neighbors(path: Path, eager: Callab
 
 
 def layout_of(content: dict[str, Any], head: str) -> dict[str, tuple[Sequence[int], torch.dtype]]:
-    """Key -> shape and dtype of what a head needs; copies left by compiled graphs are passed over."""
+    """Key -> shape and dtype of what a file holds for a head, less what compiled graphs left behind."""
     found = {}
     for key, value in content["model"].items():
         key = key.replace(".original_model.", ".")
@@ -207,8 +207,7 @@ def layout_of(content: dict[str, Any], head: str) -> dict[str, tuple[Sequence[in
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_layout_is_that_of_a_trained_file(path: Path, tmp_path: Path) -> None:
     trained, checkpoint = torch.load(path, weights_only=True), read(path)
-    head = heads(path)[-1]
-    written = tmp_path / "random.pt"
+    head, written = heads(path)[-1], tmp_path / "random.pt"
     write_random_checkpoint(written, checkpoint.head(head).config, heads=[head], dialect=checkpoint.dialect)
     content = torch.load(written, weights_only=True)
     assert layout_of(content, head) == layout_of(trained, head)

@@ -67,10 +67,20 @@ def head_entries(record: HeadRecord, dialect: str) -> dict[str, torch.Tensor]:
     return entries | copies | (_masks(record) if dialect == "pt_expt" else _empty_tensors(record))
 
 
+def _parts(
+    descriptor: Mapping[str, Any], weights: Mapping[str, torch.Tensor], prefix: str = "descriptor."
+) -> Iterator[tuple[str, Mapping[str, Any], dict[str, torch.Tensor]]]:
+    """Yield prefix, configuration and weights of a descriptor and of the members of a hybrid one."""
+    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    yield prefix, descriptor, own
+    for index, member in enumerate(descriptor.get("list", ())):
+        yield from _parts(member, weights, f"{prefix}descrpt_list.{index}.")
+
+
 def _masks(record: HeadRecord) -> dict[str, torch.Tensor]:
     """What a `pt_expt` file holds besides weights: types and pairs that take part, and a flag."""
     config = record.config
-    descriptor, n_types = config["descriptor"], len(config["type_map"])
+    n_types = len(config["type_map"])
     atoms, pairs = config.get("atom_exclude_types") or [], config.get("pair_exclude_types") or []
     prefix = "atomic_model."
     masks = {f"{prefix}fitting_net.emask.type_mask": _type_mask(atoms, n_types)}
@@ -78,23 +88,59 @@ def _masks(record: HeadRecord) -> dict[str, torch.Tensor]:
         masks[f"{prefix}atom_excl.type_mask"] = _type_mask(atoms, n_types)
     if pairs:
         masks[f"{prefix}pair_excl.type_mask"] = _pair_mask(pairs, n_types)
-    own = _pair_mask(descriptor.get("exclude_types") or [], n_types)
-    blocks = {name.split(".")[1] for name in record.weights if name.startswith("descriptor.")}
+    for path, descriptor, weights in _parts(config["descriptor"], record.weights):
+        for name, tensor in _masks_of_part(descriptor, weights, record).items():
+            masks[f"{prefix}{path}{name}"] = tensor
+    return masks
+
+
+def _masks_of_part(
+    descriptor: Mapping[str, Any], weights: Mapping[str, torch.Tensor], record: HeadRecord
+) -> dict[str, torch.Tensor]:
+    type_map = record.config["type_map"]
     kind = descriptor.get("type", "se_e2_a")
-    for block in (*_PAIR_BLOCKS, "repformers", "repflows"):
-        if block in blocks:
-            masks[f"{prefix}descriptor.{block}.emask.type_mask"] = own
+    if kind == "hybrid":
+        slots = _slots_of_members(descriptor["list"], weights, len(type_map))
+        return {f"nlist_cut_idx.{index}": own for index, own in enumerate(slots)}
+    excluded = _pair_mask(descriptor.get("exclude_types") or [], len(type_map))
+    blocks = {name.partition(".")[0] for name in weights}
+    masks = {
+        f"{block}.emask.type_mask": excluded
+        for block in (*_PAIR_BLOCKS, "repformers", "repflows")
+        if block in blocks
+    }
     if kind == "se_e2_a":
-        masks[f"{prefix}descriptor.emask.type_mask"] = own
+        masks["emask.type_mask"] = excluded
     if kind in ("se_atten", "dpa2"):
-        masks[f"{prefix}descriptor.graph_lower_disabled"] = torch.tensor(record.graph_lower_disabled)
+        masks["graph_lower_disabled"] = torch.tensor(record.graph_lower_disabled)
     if descriptor.get("use_econf_tebd"):
         from ..models.electron_configuration import electron_configuration
 
-        rows = torch.tensor([electron_configuration(s) for s in config["type_map"]], dtype=torch.float64)
-        weight = record.weights["descriptor.type_embedding.layers.0.w"]
-        masks[f"{prefix}descriptor.type_embedding.econf_tebd"] = rows.to(weight.dtype)
+        rows = torch.tensor([electron_configuration(symbol) for symbol in type_map], dtype=torch.float64)
+        masks["type_embedding.econf_tebd"] = rows.to(weights["type_embedding.layers.0.w"].dtype)
     return masks
+
+
+def _slots_of_members(
+    members: Sequence[Mapping[str, Any]], weights: Mapping[str, torch.Tensor], n_types: int
+) -> list[torch.Tensor]:
+    """Slots of the neighbour list of a hybrid descriptor that each member reads.
+
+    The list has one section per type, as long as the longest of that type, unless a member has only one.
+    """
+    if all(member.get("type", "se_e2_a") == "se_e2_a" for member in members):
+        sections = [max(member["sel"][t] for member in members) for t in range(n_types)]
+        starts = [sum(sections[:t]) for t in range(n_types)]
+        return [
+            torch.cat([torch.arange(sel) + start for sel, start in zip(member["sel"], starts, strict=True)])
+            for member in members
+        ]
+    widths = []
+    for index in range(len(members)):
+        blocks = ("", "se_atten.", "repinit.", "repflows.")
+        names = (f"descrpt_list.{index}.{block}mean" for block in blocks)
+        widths.append(next(weights[name].shape[1] for name in names if name in weights))
+    return [torch.arange(width) for width in widths]
 
 
 def _type_mask(excluded: Sequence[int], n_types: int) -> torch.Tensor:
@@ -112,19 +158,19 @@ def _pair_mask(excluded: Sequence[Sequence[int]], n_types: int) -> torch.Tensor:
 
 def _empty_tensors(record: HeadRecord) -> dict[str, torch.Tensor]:
     """What a `pt` file holds besides weights: tables of a compressed model, empty in this one."""
-    descriptor = "atomic_model.descriptor."
     empty: dict[str, torch.Tensor] = {}
-    for name, weight in record.weights.items():
-        part, _, leaf = name.removeprefix("descriptor.").rpartition(".")
-        if leaf != "mean" or not name.startswith("descriptor.") or part not in ("", *_PAIR_BLOCKS):
-            continue
-        block = part or "sea"
-        n_nets = len({n.split(".")[2] for n in record.weights if n.startswith("descriptor.embeddings.")}) or 1
-        for k in range(n_nets):
-            empty[f"{descriptor}{block}.compress_info.{k}"] = weight.new_empty(0)
-            empty[f"{descriptor}{block}.compress_data.{k}"] = weight.new_empty(0)
-        if part:
-            empty[f"{descriptor}{block}.type_embd_data"] = weight.new_empty(0)
+    for path, _, weights in _parts(record.config["descriptor"], record.weights):
+        for block in ("", *_PAIR_BLOCKS):
+            mean = weights.get(f"{block}.mean" if block else "mean")
+            if mean is None:
+                continue
+            prefix = f"atomic_model.{path}{block or 'sea'}"
+            n_nets = len({n.split(".")[1] for n in weights if n.startswith("embeddings.")}) or 1
+            for k in range(n_nets):
+                empty[f"{prefix}.compress_info.{k}"] = mean.new_empty(0)
+                empty[f"{prefix}.compress_data.{k}"] = mean.new_empty(0)
+            if block:
+                empty[f"{prefix}.type_embd_data"] = mean.new_empty(0)
     return empty
 
 

@@ -103,20 +103,31 @@ def test_shorter_lists_of_further_blocks() -> None:
 
 @pytest.mark.parametrize(
     ("closes_gaps", "expected"),
-    [(False, {0: {3}, 1: {3}, 2: set(), 3: {0}}), (True, {0: {3}, 1: {3}, 2: set(), 3: {0}})],
+    [
+        (False, {0: {3}, 1: {0, 3}, 2: set(), 3: {0, 1}}),
+        (True, {0: {1, 3}, 1: {0, 3}, 2: set(), 3: {0, 1}}),
+    ],
 )
 def test_excluded_pairs_in_shorter_lists(closes_gaps: bool, expected: dict[int, set[int]]) -> None:
-    selection = Selection(
-        2,
-        (3,),
-        pair_exclude=((0, 0),),
-        inner=(Selection(2, (2,), pair_exclude=((0, 0),)),),
-        closes_gaps=closes_gaps,
-    )
-    inner = selection(inputs()).inner[0]
-    gapped = {0: {3}, 1: {0, 3}, 2: set(), 3: {0, 1}}
-    closed = {0: {1, 3}, 1: {0, 3}, 2: set(), 3: {0, 1}}
-    assert neighbors(inner) == (closed if closes_gaps else gapped)
+    shorter = Selection(2, (2,), pair_exclude=((0, 0),))
+    selection = Selection(2, (3,), pair_exclude=((0, 0),), inner=(shorter,), closes_gaps=closes_gaps)
+    assert neighbors(selection(inputs()).inner[0]) == expected
+
+
+def test_list_longer_than_its_sections() -> None:
+    # three slots in all, then one per type
+    pairs = Selection(2, (1, 1), by_type=True, total=3)(inputs())
+    assert neighbors(pairs) == {0: {2, 3}, 1: {0, 3}, 2: {0}, 3: {0, 1}}
+
+
+def test_pairs_beyond_the_cutoff_fill_the_room_that_is_left() -> None:
+    pairs = Selection(2, (2,), rcut=2.2, keeps_beyond=True)(inputs())
+    assert neighbors(pairs) == {0: {2, 3}, 1: {0, 3}, 2: {0}, 3: {0, 1}}
+    assert pairs.n_truncated == 0
+    assert Selection(2, (1,), rcut=2.2, keeps_beyond=True)(inputs()).truncated.tolist() == [
+        True,
+        *[False] * 3,
+    ]
 
 
 def test_ranks() -> None:
@@ -130,7 +141,7 @@ def test_padding() -> None:
     vectors = torch.arange(9.0).reshape(3, 3)
     padded = padding(vectors, far_away(vectors, 4.0))
     assert padded.shape == (3, 2, 3)
-    assert padded[1].tolist() == [[8.0, 0.0, 0.0]] * 2
+    assert (padded[1].norm(dim=1) > layout.EMPTY_BEYOND * 4.0).all()
     assert torch.equal(padded.reshape(-1, 3)[padding.slots], vectors)
 
 
