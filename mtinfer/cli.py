@@ -12,6 +12,7 @@ import click
 
 from . import __version__
 from .errors import DataError, MtinferError
+from .train.commands import train, verify
 
 if TYPE_CHECKING:
     from .data import Frame
@@ -54,9 +55,10 @@ def main(debug: bool) -> None:
 @click.argument("file", type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(file: Path, as_json: bool) -> None:
-    """Show what is in FILE: heads, elements, descriptor, sizes, what is shared.
+    """Show what is in FILE.
 
-    FILE is a training checkpoint (.pt, either dialect) or a converted file. Only metadata is read.
+    Heads, elements, descriptor, sizes, what is shared. FILE is a training checkpoint (.pt, either dialect) or
+    a converted file. Only metadata is read.
     """
     from .checkpoint.describe import describe
     from .checkpoint.peek import peek
@@ -67,24 +69,50 @@ def info(file: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("checkpoint", type=_FILE)
-@click.option("-o", "--output", type=_FILE, help="Output file  [default: CHECKPOINT with .safetensors].")
+@click.option("-o", "--output", type=_FILE, help="Output file  [default: CHECKPOINT with another suffix].")
 @click.option("--head", "heads", multiple=True, help="Head to keep (repeat for several)  [default: all].")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Store networks in this precision.")
+@click.option(
+    "--to",
+    "target_format",
+    type=click.Choice(["safetensors", "pt", "pt_expt"]),
+    default="safetensors",
+    show_default=True,
+    help="Format; pt and pt_expt are checkpoints that deepmd-kit reads.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-def convert(checkpoint: Path, output: Path | None, heads: tuple[str, ...], dtype: Any, force: bool) -> None:
-    """Convert CHECKPOINT to one clean .safetensors file.
+def convert(
+    checkpoint: Path,
+    output: Path | None,
+    heads: tuple[str, ...],
+    dtype: Any,
+    target_format: str,
+    force: bool,
+) -> None:
+    """Convert CHECKPOINT to one clean file.
 
-    Shared weights are stored once; optimizer state and remains of compiled graphs are left out.
+    Shared weights are stored once; optimizer state and remains of compiled graphs are left out. CHECKPOINT is
+    a training checkpoint of either dialect or a converted file.
     """
     from .checkpoint.archive import write
     from .checkpoint.describe import file_size
     from .checkpoint.load import read
     from .potential import check_heads
 
-    target = output or checkpoint.with_suffix(".safetensors")
     source = read(checkpoint)
     check_heads(source)
-    written = write(source, target, heads=heads or None, dtype=dtype, force=force)
+    if target_format == "safetensors":
+        target = output or checkpoint.with_suffix(".safetensors")
+        written = write(source, target, heads=heads or None, dtype=dtype, force=force)
+    else:
+        from .checkpoint.writer import convert as write_checkpoint
+
+        if dtype is not None:
+            raise click.UsageError("--dtype goes with --to safetensors; a checkpoint keeps its precision")
+        target = output or checkpoint.with_suffix(f".{target_format}.pt")
+        written, changes = write_checkpoint(source, target, target_format, heads=heads or None, force=force)
+        for change in changes:
+            _show_warning(change)
     before, after = checkpoint.stat().st_size, target.stat().st_size
     click.echo(f"{checkpoint}  {file_size(before)}")
     click.echo(f"{target}  {file_size(after)} ({after / before:.0%})  heads: {', '.join(written)}")
@@ -226,10 +254,11 @@ def bench(
     deepmd_python: Path | None,
     deepmd_script: Path,
 ) -> None:
-    """Measure ARCHITECTURES (default: all) with random weights at published sizes on water.
+    """Measure speed and memory on water.
 
-    Prints a Markdown table of medians: time per step, atoms·step/s, time over the roofline of its matrix
-    products, peak memory, time of the first call and number of graphs compiled.
+    ARCHITECTURES (default: all) have random weights at published sizes. Prints a Markdown table of medians:
+    time per step, atoms·step/s, time over the roofline of its matrix products, peak memory, time of the
+    first call and number of graphs compiled.
     """
     from .bench import ARCHITECTURES, measure, measure_deepmd, report
 
@@ -246,3 +275,7 @@ def bench(
                     deepmd_python, deepmd_script, name, n_atoms, steps=steps, threads=threads
                 )
     click.echo(report(figures, deepmd))
+
+
+main.add_command(train)
+main.add_command(verify)

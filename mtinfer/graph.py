@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -114,6 +114,27 @@ def trace(
         return make_fx(lambda *values: function(*values), tracing_mode="real")(*fakes), fakes
 
 
+def _lift_constants(module: torch.fx.GraphModule, fakes: list[Any]) -> list[Tensor]:
+    """Make tensors that a trace holds its first arguments, and return them.
+
+    A compiled graph is stored without them (torch 2.13), and could not be called after loading.
+    """
+    first = next(iter(module.graph.nodes))
+    constants: list[Tensor] = []
+    for node in module.graph.find_nodes(op="get_attr"):
+        constants.append(getattr(module, node.target))
+        with module.graph.inserting_before(first):
+            argument = module.graph.placeholder(f"constant{len(constants)}")
+        argument.meta = dict(node.meta)
+        node.replace_all_uses_with(argument)
+        module.graph.erase_node(node)
+    for name in [name for name, _ in module.named_buffers()]:
+        delattr(module, name)
+    module.recompile()
+    fakes[:0] = [fakes[0].fake_mode.from_tensor(constant, static_shapes=True) for constant in constants]
+    return constants
+
+
 @dataclass
 class SharedGraph:
     """A function of tensors that is compiled once and called with any data and any weights.
@@ -182,7 +203,7 @@ class SharedGraph:
             store = _Store(cache_directory(), _key(self.signature, device))
             try:
                 with store.private():
-                    compiled = store.load()
+                    compiled = store.load(device)
                     if compiled is None:
                         compiled = self._compile(store)
             except Exception as err:  # the compiler raises many types; whatever it is, eager is right
@@ -197,20 +218,21 @@ class SharedGraph:
         from torch._inductor import standalone_compile
 
         module, fakes = trace(self.function, self.arguments, self.weights)
+        constants = _lift_constants(module, fakes)
         with _without_transposed_tiles():
             artifact = standalone_compile(
                 module, fakes, dynamic_shapes="from_graph", options={"config_patches": _OPTIONS}
             )
         self.n_compiled += 1
         try:
-            store.save(artifact, self.signature)
+            store.save(artifact, constants, self.signature)
         except (OSError, RuntimeError) as err:
             warnings.warn(
                 f"the compiled graph could not be stored ({_first_line(err)}); it serves this process only",
                 GraphWarning,
                 stacklevel=2,
             )
-        return artifact
+        return partial(artifact, *constants)
 
     def _check(self, data: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """First call of a graph: compare every output with eager."""
@@ -329,7 +351,7 @@ class _Store:
         with temporary_cache_dir(str(self.directory / "inductor")):
             yield
 
-    def load(self) -> Callable[..., tuple[Tensor, ...]] | None:
+    def load(self, device: torch.device) -> Callable[..., tuple[Tensor, ...]] | None:
         """Return the stored graph, or None where there is none or its checksum is wrong."""
         from torch._inductor.standalone_compile import CompiledArtifact
 
@@ -338,16 +360,35 @@ class _Store:
             content = self._binary.read_bytes()
         except (OSError, ValueError):
             return None
-        if not isinstance(record, dict) or record.get("sha256") != hashlib.sha256(content).hexdigest():
+        if not isinstance(record, dict):
             return None
-        return CompiledArtifact.load(path=str(self._binary), format="binary")
+        if record.get("sha256") != _digest(content, record.get("constants")):
+            return None
+        constants = [
+            torch.tensor(values, dtype=getattr(torch, dtype), device=device).reshape(shape)
+            for values, shape, dtype in record["constants"]
+        ]
+        return partial(CompiledArtifact.load(path=str(self._binary), format="binary"), *constants)
 
-    def save(self, artifact: Any, signature: str) -> None:
+    def save(self, artifact: Any, constants: Sequence[Tensor], signature: str) -> None:
         """Store a graph: the binary first, then the record that vouches for it."""
         temporary = self._binary.with_suffix(f".{os.getpid()}.tmp")
         artifact.save(path=str(temporary), format="binary")
-        digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        described = [
+            [x.flatten().tolist(), list(x.shape), str(x.dtype).removeprefix("torch.")] for x in constants
+        ]
+        digest = _digest(temporary.read_bytes(), described)
         temporary.replace(self._binary)
         record = self._record.with_suffix(f".{os.getpid()}.tmp")
-        record.write_text(json.dumps({"sha256": digest, "torch": torch.__version__, "signature": signature}))
+        fields = {
+            "sha256": digest,
+            "torch": torch.__version__,
+            "constants": described,
+            "signature": signature,
+        }
+        record.write_text(json.dumps(fields))
         record.replace(self._record)
+
+
+def _digest(content: bytes, constants: object) -> str:
+    return hashlib.sha256(content + json.dumps(constants).encode()).hexdigest()

@@ -59,12 +59,14 @@ def data(n_points: int = 7, n_picked: int = 4) -> tuple[Tensor, Tensor]:
     return x, torch.arange(n_picked) % max(n_points, 1)
 
 
-def small_graph(mode: str = "wait", signature: str = "small") -> SharedGraph:
-    return SharedGraph(small, signature, ARGUMENTS, [WEIGHTS], mode)
+def small_graph(
+    mode: str = "wait", signature: str = "small", function: Callable[..., tuple[Tensor, ...]] = small
+) -> SharedGraph:
+    return SharedGraph(function, signature, ARGUMENTS, [WEIGHTS], mode)
 
 
 def require_eager_numbers(graph: SharedGraph, inputs: Sequence[Tensor], weights: Tensor = WEIGHTS) -> None:
-    for got, expected in zip(graph(inputs, [weights]), small(*inputs, weights), strict=True):
+    for got, expected in zip(graph(inputs, [weights]), graph.function(*inputs, weights), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -154,6 +156,25 @@ def test_stored_graph_of_another_architecture_is_not_loaded(store: Path) -> None
     first(data(), [WEIGHTS])
     second(data(), [WEIGHTS])
     assert second.n_compiled == 1
+
+
+def with_constants(x: Tensor, rows: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    picked, gradient = small(x, rows, w)
+    nothing = torch.tensor([], dtype=torch.int64)
+    return picked * torch.tensor([2.0, 3.0], dtype=x.dtype)[1] + nothing.sum(), gradient
+
+
+def test_constants_are_stored_with_a_graph(store: Path) -> None:
+    for n_compiled in (1, 0):
+        graph = small_graph(function=with_constants, signature="with constants")
+        for size in ((), (9, 2)):
+            require_eager_numbers(graph, data(*size))
+        assert (graph.n_compiled, graph.is_compiled) == (n_compiled, True)
+    (record,) = store.glob("*.json")
+    record.write_text(record.read_text().replace("3.0", "4.0"))
+    graph = small_graph(function=with_constants, signature="with constants")
+    require_eager_numbers(graph, data())
+    assert graph.n_compiled == 1
 
 
 def flip_byte(path: Path) -> None:
@@ -338,7 +359,7 @@ def test_background_answers_eagerly_in_the_meantime(store: Path, monkeypatch: py
 
 
 def test_graph_that_cannot_be_stored_still_serves(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: object, artifact: object, signature: str) -> None:
+    def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mtinfer.graph._Store.save", fail)

@@ -238,7 +238,7 @@ def convert(
     *,
     heads: Sequence[str] | None = None,
     force: bool = False,
-) -> list[str]:
+) -> tuple[tuple[str, ...], list[str]]:
     """Write heads of a loaded file as a training checkpoint of a dialect, without optimizer state.
 
     Parameters
@@ -250,8 +250,8 @@ def convert(
 
     Returns
     -------
-    list of str
-        One sentence for every head whose numbers change, because the dialects count neighbours differently.
+    heads written, and one sentence for every head whose numbers change because the dialects count neighbours
+    differently
 
     Raises
     ------
@@ -281,9 +281,10 @@ def convert(
         shared_dict=None if single else {},
     )
     write_content(path, {"model": state})
-    if checkpoint.dialect == dialect:
-        return []
-    return [note for record in records.values() for note in _changes(record, checkpoint.dialect)]
+    changed = {} if checkpoint.dialect == dialect else records
+    return tuple(records), [
+        note for record in changed.values() for note in _changes(record, checkpoint.dialect)
+    ]
 
 
 def _translated(record: HeadRecord, source: str, target: str) -> HeadRecord:

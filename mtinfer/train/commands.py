@@ -54,8 +54,9 @@ def train(
     compile_: str,
     dialect: str,
 ) -> None:
-    """Train all tasks of INPUT, a deepmd-kit training input, through one compiled step.
+    """Train all tasks of INPUT together.
 
+    INPUT is a deepmd-kit training input (JSON). Tasks of one architecture run through one compiled step.
     Writes checkpoints that deepmd-kit reads, lcurve.csv and a picture per task. Ctrl-C writes a checkpoint
     and ends; --resume goes on from it. Under torchrun, several processes train together.
     """
@@ -83,7 +84,7 @@ def train(
             click.echo("\n".join(describe_plan(plan)))
         start = Start(resume, finetune, head)
         mode: Any = "wait" if compile_ == "on" else "off"
-        trainer = Trainer(plan, output, start=start, mode=mode, device=where, ranks=ranks)
+        trainer = Trainer(plan, output, start=start, mode=mode, ranks=ranks)
         finished = _run(trainer, plan, ranks)
     finally:
         ranks.leave()
@@ -167,7 +168,7 @@ def report_lines(report: Shown) -> list[str]:
     help="Compile, too.",
 )
 def verify(checkpoint: Path, data: tuple[Path, ...], heads: tuple[str, ...], compile_: str) -> None:
-    """Evaluate heads of CHECKPOINT in several ways and compare the numbers.
+    """Evaluate CHECKPOINT in several ways and compare.
 
     The function that training differentiates, eager evaluation, the compiled graph, and deepmd-kit where it
     can be imported. Exits with 1 where they differ beyond the precision of the model.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -21,15 +21,20 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    #: where this process computes; each process has a GPU of its own
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
     def join(cls, device: torch.device) -> Ranks:
         """Meet the other processes; the environment of ``torchrun`` says how many there are."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
-            return cls()
+            return cls(device=device)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(torch.distributed.get_rank(), size)
+        return cls(torch.distributed.get_rank(), size, device)
 
     def leave(self) -> None:
         """End the connection."""
@@ -57,12 +62,12 @@ class Ranks:
         """Whether any process raised a flag."""
         if self.size == 1:
             return flag
-        found = torch.tensor([float(flag)])
+        found = torch.tensor([float(flag)], device=self.device)
         torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
         return bool(found.item())
 
     def mean(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Average tensors of equal dtype or not over all processes."""
+        """Average tensors, of any shapes and precisions, over all processes."""
         if self.size == 1:
             return list(values)
         flat = torch.cat([value.reshape(-1).to(torch.float64) for value in values])

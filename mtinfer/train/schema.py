@@ -338,7 +338,7 @@ LEARNING_RATE = Section(
         "warmup_steps": 0,
         "warmup_ratio": None,
         "warmup_start_factor": 0.0,
-        "scale_by_worker": "linear",
+        "scale_by_worker": "none",
         "decay_steps": 5000,
         "decay_rate": None,
         "smooth": False,

@@ -67,11 +67,11 @@ class Trainer:
         *,
         start: Start | None = None,
         mode: CompileMode = "wait",
-        device: torch.device | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.plan, self.folder = plan, folder
-        self.device, self.ranks = device or torch.device("cpu"), ranks or Ranks()
+        self.ranks = ranks or Ranks()
+        self.device = self.ranks.device
         self.keeper = Keeper(folder, plan)
         self._owners = Owners(plan.config.links)
         self._batches = Batches(

@@ -1,0 +1,95 @@
+"""Several processes under torchrun, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_inputs import SYSTEMS, shared_input
+
+#: one system of two frames per task, so that two processes see in a step what one sees in a batch of two
+WATER = {"clusters": SYSTEMS["clusters"][1:2], "copper": SYSTEMS["copper"][1:2]}
+
+
+def input_file(folder: Path, batch_size: int, **training: Any) -> Path:
+    content = shared_input("dpa1strip", **training)
+    for task, systems in WATER.items():
+        content["training"]["data_dict"][task]["training_data"] = {
+            "systems": systems,
+            "batch_size": batch_size,
+        }
+    path = folder / "input.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def run(folder: Path, n_processes: int, batch_size: int, **training: Any) -> subprocess.CompletedProcess[str]:
+    folder.mkdir()
+    command = ["-m", "mtinfer", "train", str(input_file(folder, batch_size, **training))]
+    command += ["--output", str(folder), "--compile", "off"]
+    if n_processes > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}", *command]
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(folder / "model.ckpt.pt", weights_only=True)["model"]
+    return {name: value for name, value in content.items() if torch.is_tensor(value)}
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
+    for name, n_processes, batch_size in (("one", 1, 2), ("two", 2, 1)):
+        done = run(tmp_path / name, n_processes, batch_size, numb_steps=6)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("wrote ") == 1  # the first process alone speaks
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-9, atol=1e-11, msg=name)
+    untouched = run(tmp_path / "other", 1, 1, numb_steps=6)
+    assert untouched.returncode == 0
+    other = weights(tmp_path / "other")
+    assert any(float((other[n] - t).abs().max()) > 1e-6 for n, t in one.items() if t.numel())
+
+
+def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
+    folder = tmp_path / "dies"
+    folder.mkdir()
+    script = folder / "dies.py"
+    script.write_text(
+        "import os, sys\n"
+        "from mtinfer.cli import main\n"
+        "from mtinfer.train import trainer\n"
+        "advance = trainer.Trainer._advance\n"
+        "def mortal(self):\n"
+        "    if self.ranks.rank == 1 and self.step == 3:\n"
+        "        os._exit(7)\n"
+        "    return advance(self)\n"
+        "trainer.Trainer._advance = mortal\n"
+        "main()\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    command += [
+        "train",
+        str(input_file(folder, 1, numb_steps=50)),
+        "--output",
+        str(folder),
+        "--compile",
+        "off",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    assert done.returncode != 0
+    assert "exitcode" in done.stderr
+    assert not (folder / "model.ckpt-50.pt").exists()
