@@ -1,6 +1,6 @@
 # What people type. Everything runs in a virtual environment that is made here.
 #   make demo    install, then run the main job on a bundled checkpoint (under two minutes after the install)
-#   make test    install, then run the tests
+#   make test    install, then run the tests, on up to 4 cores (make test-all: with the slow ones)
 #   make lint    formatting, lint, types
 #   make bench   speed table; BENCH='--deepmd-python /path/to/python' adds deepmd-kit in the same run
 # TORCH chooses the torch build, for example  make test TORCH='torch==2.13.0'
@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/01_demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not slow and not gpu'
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest

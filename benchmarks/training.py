@@ -137,8 +137,9 @@ def score(checkpoint: Path, data: Path, folder: Path) -> dict[str, float]:
         command = [sys.executable, "-m", "mtinfer", "eval", "--head", task, str(checkpoint)]
         command += [str(data / "valid" / task), "--json", str(report)]
         subprocess.run(command, check=True, capture_output=True)
-        rows = json.loads(report.read_text())["scores"]
-        found[task] = next(r["rmse"] for r in rows if r["quantity"] == "forces" and r["dataset"] is None)
+        rows = json.loads(report.read_text())["metrics"]
+        # the last row of a quantity is that of all datasets
+        found[task] = [row["rmse"] for row in rows if row["quantity"] == "forces"][-1]
     return found
 
 

@@ -24,6 +24,7 @@ from .errors import StructureError, UnsupportedModelError, nearest
 from .graph import CompileMode, SharedGraph
 from .inputs import GraphInputs, Prediction
 from .models import EnergyModel, edge_gradients, forces_and_virial
+from .models.layout import Layout
 from .neighbors import Candidates, find_candidates, graph_inputs
 
 __all__ = ["HeadState", "Potential", "PredictionWarning", "load"]
@@ -47,7 +48,8 @@ class HeadState:
     name: str
     aliases: tuple[str, ...]
     model: EnergyModel
-    #: per weight group, in the order that the graph takes them
+    weight_names: tuple[str, ...]
+    #: per weight group, in the order of the names, in which the graph takes them
     weights: tuple[tuple[Tensor, ...], ...]
     #: (numb_fparam,), or None where the model has no default
     default_fparam: Tensor | None
@@ -224,8 +226,7 @@ class Potential:
         energies = torch.zeros(inputs.n_atoms, dtype=torch.float64, device=self.device)
         gradients = []
         for layout in layouts:
-            data = (*layout.displacements, *layout.tensors)
-            atom_energies, *gradient = state.graph(data, state.weights[layout.group])
+            atom_energies, *gradient = self._call(layout, state)
             energies[layout.atoms] = atom_energies
             gradients.append(gradient)
         forces, virials = forces_and_virial(edge_gradients(layouts, gradients, inputs), inputs)
@@ -245,6 +246,14 @@ class Potential:
                 strict=True,
             )
         ]
+
+    def _call(self, layout: Layout, state: HeadState) -> tuple[Tensor, ...]:
+        """Atomic energies and gradients of a layout: through the graph, or in parts where it is too large."""
+        weights = state.weights[layout.group]
+        if not state.model.is_large(layout):
+            return state.graph((*layout.displacements, *layout.tensors), weights)
+        named = dict(zip(state.weight_names, weights, strict=True))
+        return state.model.in_parts(layout.displacements, layout.tensors, named)
 
     def _types(self, atoms: ase.Atoms, state: HeadState) -> NDArray[np.int64]:
         index = {symbol: k for k, symbol in enumerate(state.model.type_map)}
@@ -364,6 +373,7 @@ def _head_state(
         name=record.name,
         aliases=record.aliases,
         model=model,
+        weight_names=names,
         weights=tuple(tuple(group[name] for name in names) for group in groups),
         default_fparam=None if default_fparam is None else default_fparam.cpu().to(torch.float64),
         default_charge_spin=None if charge_spin is None else (float(charge_spin[0]), float(charge_spin[1])),

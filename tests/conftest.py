@@ -22,10 +22,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Directory of compiled graphs of this run: each is compiled once, and nothing of the user's is used.
 
-    `MTINFER_TEST_CACHE` names a directory to keep between runs.
+    Processes of one run (pytest-xdist) share it. `MTINFER_TEST_CACHE` names a directory to keep between runs.
     """
-    kept = os.environ.get("MTINFER_TEST_CACHE")
-    directory = Path(kept) if kept else tmp_path_factory.mktemp("graphs")
+    base = tmp_path_factory.getbasetemp()
+    own = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
+    directory = Path(os.environ.get("MTINFER_TEST_CACHE", own))
+    directory.mkdir(mode=0o700, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MTINFER_CACHE", str(directory))
         patch.setenv("OMP_NUM_THREADS", "1")  # of subprocesses

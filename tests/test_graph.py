@@ -90,10 +90,12 @@ def structure(head: str, n_atoms: int, *, periodic: bool) -> ase.Atoms:
 @pytest.mark.parametrize(
     ("path", "n_steps"),
     [
-        pytest.param(STRIP, 20, id="dpa1"),
-        pytest.param(SE_E2_A, 5, id="se_e2_a"),
-        pytest.param(STRIP, 200, id="dpa1-long", marks=pytest.mark.slow),
-        pytest.param(SE_E2_A, 200, id="se_e2_a-long", marks=pytest.mark.slow),
+        pytest.param(STRIP, 200, id="dpa1"),
+        pytest.param(SE_E2_A, 200, id="se_e2_a"),
+        pytest.param(
+            DATA / "reference/checkpoints/dpa2-separate-pt.pt", 5, id="dpa2", marks=pytest.mark.slow
+        ),
+        pytest.param(DATA / "reference/checkpoints/dpa3-shared-pt.pt", 5, id="dpa3", marks=pytest.mark.slow),
     ],
 )
 def test_one_graph_for_all_heads_sizes_and_steps(

@@ -5,12 +5,14 @@ Zhang et al., arXiv:2506.01686.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import StructureError
 from ..inputs import GraphInputs, ParameterSpec
@@ -18,7 +20,7 @@ from .environment import TypeEmbedding
 from .gather import Index, lookup
 from .layers import Weights, activation, precision, required
 from .layout import Argument, Block, Layout, Pairs, Selection, ranks
-from .repflow import Repflow, RepflowOptions
+from .repflow import Part, Repflow, RepflowOptions, divide
 from .repflow_layer import Lists
 
 #: rows of the tables: charges -100 … 99, spins 0 … 99
@@ -32,6 +34,12 @@ _LISTS = (
     ("angles", "near edges"),
     ("angles", "near edges"),
 )
+
+
+#: numbers that the layers of one graph may keep for the derivative; about 50 bytes of memory each
+_LARGE = 2e8
+#: edges and angles that are evaluated together where everything is too much
+_ENTRIES_OF_PART = 200_000
 
 
 @dataclass(frozen=True)
@@ -196,17 +204,54 @@ class DPA3:
         -------
         descriptor, shape (n, width), and types, shape (n,)
         """
-        types, *rest = tensors
+        parts = [Part.whole(self._lists(tensors))]
+        return self._evaluate(displacements[0], tensors, parts, weights, _at_once)
+
+    def is_large(self, layout: Layout) -> bool:
+        """Whether what all layers keep for the derivative is too much for one call of the graph."""
+        o = self.repflow.options
+        n_angles = self._lists(layout.tensors).first.rows.shape[0]
+        n_edges = layout.displacements[0].shape[0]
+        kept = (n_angles * (o.a_dim + o.e_dim) + n_edges * (o.e_dim + o.n_dim)) * o.nlayers
+        return kept > _LARGE
+
+    def in_parts(
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
+    ) -> tuple[Tensor, Tensor]:
+        """Do what `__call__` does with less memory, for torch's autograd.
+
+        Layer after layer, and in a layer some centres after the others. Of each part only the features
+        between layers are kept; the rest is computed a second time for the derivative.
+        """
+        parts = divide(self._lists(tensors), _ENTRIES_OF_PART)
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return self._evaluate(displacements[0], tensors, parts, weights, again)
+
+    def _lists(self, tensors: tuple[Tensor, ...]) -> Lists:
+        flat = tensors[1 + self.charge_spin :]
+        return Lists(*(Index(*flat[3 * k : 3 * k + 3]) for k in range(len(Lists._fields))))
+
+    def _evaluate(
+        self,
+        displacements: Tensor,
+        tensors: tuple[Tensor, ...],
+        parts: Sequence[Part],
+        weights: Weights,
+        call: Callable[..., Any],
+    ) -> tuple[Tensor, Tensor]:
+        types = tensors[0]
         node = lookup(weights["descriptor.type_embedding"], types)
         if self.charge_spin:
-            rows = rest.pop(0)
+            rows = tensors[1]
             charge, spin = (weights[f"descriptor.{name}"] for name in ("charge", "spin"))
             mixed = lookup(charge, rows[:, 0]) + lookup(spin, rows[:, 1])
             node = node + activation(self.repflow.activation)(mixed)
-        indices = [Index(*rest[k : k + 3]) for k in range(0, len(rest), 3)]
-        lists = Lists(*indices)
-        features = self.repflow(displacements[0].to(self.repflow.dtype), types, node, lists, weights)
+        features = self.repflow(displacements.to(self.repflow.dtype), types, node, parts, weights, call)
         return torch.cat([features, node], dim=1) if self.concat_output_tebd else features, types
+
+
+def _at_once(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def _angle_lists(near: Tensor, centers: Tensor, n_atoms: int) -> list[Index]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,16 @@ class Descriptor(Protocol):
     def arguments(self) -> tuple[list[Argument], list[Argument]]: ...
     def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]: ...
     def __call__(
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """What a descriptor offers whose layers pass messages, so that its atoms can't be divided into calls."""
+
+    def is_large(self, layout: Layout) -> bool: ...
+    def in_parts(
         self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -178,8 +188,17 @@ class EnergyModel:
         weights
             one group of `prepare`.
         """
+        return self._energies(self.descriptor, displacements, tensors, weights)
+
+    def _energies(
+        self,
+        describe: Callable[..., tuple[Tensor, Tensor]],
+        displacements: tuple[Tensor, ...],
+        tensors: tuple[Tensor, ...],
+        weights: Weights,
+    ) -> Tensor:
         *own, fparam, aparam = tensors
-        features, types = self.descriptor(displacements, tuple(own), weights)
+        features, types = describe(displacements, tuple(own), weights)
         fitted = self.fitting(features, types, fparam, aparam, weights).to(torch.float64)
         return fitted * weights["energy.kept"][types] + weights["energy.out_bias"][types]
 
@@ -197,6 +216,22 @@ class EnergyModel:
 
         gradients, energies = torch.func.grad(total, has_aux=True)(displacements)
         return (energies, *gradients)
+
+    def is_large(self, layout: Layout) -> bool:
+        """Whether a call of the graph on `layout` would take too much memory; see `in_parts`."""
+        return isinstance(self.descriptor, InParts) and self.descriptor.is_large(layout)
+
+    def in_parts(
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
+    ) -> tuple[Tensor, ...]:
+        """Do what `energies_and_gradients` does with less memory, eagerly and not to be traced."""
+        if not isinstance(self.descriptor, InParts):
+            raise TypeError(f"{type(self.descriptor).__name__} is not evaluated in parts")
+        with torch.enable_grad():
+            varied = tuple(array.detach().requires_grad_(True) for array in displacements)
+            energies = self._energies(self.descriptor.in_parts, varied, tensors, weights)
+            gradients = torch.autograd.grad(energies.sum(), varied)
+        return (energies.detach(), *gradients)
 
 
 #: descriptors that pt_expt evaluates on all neighbours instead of a truncated list

@@ -5,10 +5,11 @@ Zhang et al., arXiv:2506.01686 (DPA-3).
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from torch import Tensor
 from ..errors import UnsupportedModelError
 from ..inputs import ParameterSpec
 from .environment import statistics_parameters
-from .gather import gather, settled
+from .gather import Index, gather, settled
 from .layers import Weights, activation, safe_norm, switch
-from .repflow_layer import Geometry, Lists, RepflowLayer
+from .repflow_layer import Geometry, Lists, RepflowLayer, Surroundings
 
 BLOCK = "descriptor.repflows"
 _STYLES = ("res_avg", "res_incr", "res_residual")
@@ -104,6 +105,62 @@ class RepflowOptions:
     def learns_compression(self) -> bool:
         """A linear map compresses; otherwise the leading components are taken."""
         return bool(self.a_compress_rate) and not self.a_compress_use_split
+
+
+class Part(NamedTuple):
+    """Some centres: their place among the atoms, the place of their edges, and their own lists."""
+
+    atoms: slice
+    edges: slice
+    lists: Lists
+
+    @classmethod
+    def whole(cls, lists: Lists) -> Part:
+        """All centres at once."""
+        return cls(slice(None), slice(None), lists)
+
+
+def divide(lists: Lists, n_entries: int) -> list[Part]:
+    """Divide the centres into parts of about `n_entries` edges and angles.
+
+    Parameters
+    ----------
+    lists
+        of all centres, ascending by centre wherever `Lists` have an order.
+    """
+    n_atoms, n_edges = lists.centers.starts.shape[0], lists.centers.rows.shape[0]
+    n_near, n_angles = lists.near.rows.shape[0], lists.first.rows.shape[0]
+    edges = _ends(lists.centers.starts, n_edges)
+    near = _ends(lists.near_centers.starts, n_near)
+    angles = _ends(lists.first.starts, n_angles)[near]
+    group = (edges[1:] + angles[1:] - 1).clamp(min=0) // n_entries
+    sizes = torch.unique_consecutive(group, return_counts=True)[1]
+    bounds = torch.cat([sizes.new_zeros(1), torch.cumsum(sizes, 0)])
+    marks = torch.stack([bounds, edges[bounds], near[bounds], angles[bounds]], dim=1).tolist()
+    parts = []
+    for (a, e, m, g), (a_end, e_end, m_end, g_end) in itertools.pairwise(marks):
+        own = Lists(
+            centers=_cut(lists.centers, slice(e, e_end), slice(a, a_end), a, e),
+            neighbors=Index.of(lists.neighbors.rows[e:e_end], n_atoms),
+            near=_cut(lists.near, slice(m, m_end), slice(e, e_end), e, m),
+            near_centers=_cut(lists.near_centers, slice(m, m_end), slice(a, a_end), a, m),
+            first=_cut(lists.first, slice(g, g_end), slice(m, m_end), m, g),
+            second=_cut(lists.second, slice(g, g_end), slice(m, m_end), m, g),
+        )
+        parts.append(Part(slice(a, a_end), slice(e, e_end), own))
+    return parts
+
+
+def _ends(starts: Tensor, n: int) -> Tensor:
+    """Where the entries of each row begin, and where those of the last end."""
+    return torch.cat([starts, starts.new_tensor([n])])
+
+
+def _cut(index: Index, entries: slice, rows: slice, first_row: int, first_entry: int) -> Index:
+    """Part of an index whose entries and rows are contiguous."""
+    return Index(
+        index.rows[entries] - first_row, index.order[entries] - first_entry, index.starts[rows] - first_entry
+    )
 
 
 @dataclass(frozen=True)
@@ -206,8 +263,9 @@ class Repflow:
         of_i, of_j, of_edge = torch.split(own[f"{name}.w"], [o.n_dim, o.n_dim, o.e_dim])
         return {
             f"{name}.edge": of_edge,
-            f"{name}.nodes": torch.cat([of_i, of_j], dim=1),
-            f"{name}.b": _beside_zeros(own[f"{name}.b"]),
+            f"{name}.center": of_i,
+            f"{name}.neighbor": of_j,
+            f"{name}.b": own[f"{name}.b"],
         }
 
     def _take_triple_apart(self, name: str, own: Weights, embedding: Tensor | None) -> dict[str, Tensor]:
@@ -228,7 +286,13 @@ class Repflow:
         }
 
     def __call__(
-        self, displacements: Tensor, types: Tensor, node: Tensor, lists: Lists, weights: Weights
+        self,
+        displacements: Tensor,
+        types: Tensor,
+        node: Tensor,
+        parts: Sequence[Part],
+        weights: Weights,
+        call: Callable[..., Any],
     ) -> Tensor:
         """Node features after the last layer.
 
@@ -240,6 +304,10 @@ class Repflow:
             shape (n_atoms,).
         node
             shape (n_atoms, n_dim), before the first activation.
+        parts
+            all centres in order, evaluated one part after the other.
+        call
+            ``call(function, *arguments)`` calls the function of one part.
 
         Returns
         -------
@@ -247,14 +315,32 @@ class Repflow:
         """
         act = activation(self.activation)
         node = act(node)
-        geometry, edge = self._geometry(displacements, types, lists, weights)
-        angle = geometry.cosine
+        geometries, edges = zip(
+            *(
+                call(self._geometry, displacements[part.edges], types[part.atoms], part.lists, weights)
+                for part in parts
+            ),
+            strict=True,
+        )
+        angles = tuple(geometry.cosine for geometry in geometries)
         for k in range(self.options.nlayers):
             prefix = f"{BLOCK}.layers.{k}."
             own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-            layer = RepflowLayer(self.options, act, lists, geometry, own, *self._updates(k))
-            old = angle * weights[f"{BLOCK}.angle_embd.w"] if k == 0 and layer.updates_angles else angle
-            node, edge, angle = layer(node, edge, angle, old)
+            around = Surroundings.of(node, own)
+            updates = self._updates(k)
+            embedding = weights[f"{BLOCK}.angle_embd.w"] if k == 0 and updates[1] else None
+            layers = [
+                RepflowLayer(self.options, act, part.lists, geometry, around, own, *updates, embedding)
+                for part, geometry in zip(parts, geometries, strict=True)
+            ]
+            nodes, edges, angles = zip(
+                *(
+                    call(layer, node[part.atoms], edge, angle)
+                    for part, layer, edge, angle in zip(parts, layers, edges, angles, strict=True)
+                ),
+                strict=True,
+            )
+            node = nodes[0] if len(nodes) == 1 else torch.cat(nodes)
         return node
 
     def _geometry(

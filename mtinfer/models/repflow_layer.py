@@ -3,7 +3,11 @@
 Zhang et al., arXiv:2506.01686 (DPA-3).
 
 A linear map of [node_i, node_j, edge_ij], or of [angle, node_i, edge_ik, edge_ij], is the sum of maps of its
-parts. Each part is multiplied out on its own list, before it is gathered to the longer one.
+terms. Each term is multiplied out on its own list, before it is gathered to the longer one.
+
+Edges and angles of a centre meet other centres only through the features of the neighbouring nodes. A layer
+can therefore be evaluated for some centres at a time: `Lists` and everything on them are those of the
+centres, and `Surroundings` are those of all atoms.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
 class Lists(NamedTuple):
     """Topology: who is next to whom. The last four are empty in models without angles."""
 
-    #: edge -> its centre and its neighbour, among the atoms
+    #: edge -> its centre, among the centres, and its neighbour, among all atoms
     centers: Index
     neighbors: Index
     #: edge that is part of angles ("near") -> its place among the edges, and its centre
@@ -52,30 +56,52 @@ class Geometry(NamedTuple):
     cosine: Tensor
 
 
+class Surroundings(NamedTuple):
+    """What edges read of their neighbours."""
+
+    #: (n_atoms, n_dim)
+    node: Tensor
+    #: linear maps of it, shape (n_atoms, out); the second is None where no edge is updated
+    node_edge_linear: Tensor
+    edge_self_linear: Tensor | None
+
+    @classmethod
+    def of(cls, node: Tensor, weights: Weights) -> Surroundings:
+        """From the features of all atoms and the weights of a layer."""
+        of_edge = weights.get("edge_self_linear.neighbor")
+        return cls(
+            node,
+            node @ weights["node_edge_linear.neighbor"],
+            None if of_edge is None else node @ of_edge,
+        )
+
+
 @dataclass(frozen=True)
 class RepflowLayer:
-    """One layer, on its own weights as `Repflow.prepare` makes them (names without the prefix)."""
+    """One layer for some centres, on weights as `Repflow.prepare` makes them (names without the prefix)."""
 
     options: RepflowOptions
     act: Callable[[Tensor], Tensor]
     lists: Lists
     geometry: Geometry
+    around: Surroundings
     weights: Weights
     updates_edges: bool
     updates_angles: bool
+    #: (1, a_dim), in layer 0: the vector that angle features are multiples of
+    embedding: Tensor | None
 
-    def __call__(
-        self, node: Tensor, edge: Tensor, angle: Tensor, old_angle: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, node: Tensor, edge: Tensor, angle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """New node, edge and angle features, all from the old ones unless `sequential_update`.
 
         Parameters
         ----------
         node, edge
-            shape (n_atoms, n_dim), (n_edges, e_dim).
-        angle, old_angle
-            shape (n_angles, a_dim); in layer 0 `angle` is the cosine alone, shape (n_angles, 1).
+            of the centres, shape (n_centers, n_dim), (n_edges, e_dim).
+        angle
+            shape (n_angles, a_dim); in layer 0 the cosine alone, shape (n_angles, 1).
         """
+        old_angle = angle if self.embedding is None else angle * self.embedding
         if self.options.sequential_update:
             edge = self._step("e", 0, edge, self._of_pair("edge_self_linear", node, edge))
             angle = self._step("a", 0, old_angle, self._of_triple("angle_self_linear", node, edge, angle))
@@ -109,14 +135,14 @@ class RepflowLayer:
         messages = moment(self.geometry.w, messages, self.lists.centers).squeeze(1)
         return [
             self.act(self._affine("node_self_mlp", node)),
-            self.act(self._affine("node_sym_linear", self._symmetrised(node, edge))),
+            self.act(self._affine("node_sym_linear", self._symmetrised(edge))),
             *torch.split(messages, self.options.n_dim, dim=1),
         ]
 
-    def _symmetrised(self, node: Tensor, edge: Tensor) -> Tensor:
+    def _symmetrised(self, edge: Tensor) -> Tensor:
         """Rotation-invariant moments of the edges and of the neighbours' nodes, edges first."""
         features = []
-        for q, source in ((edge, None), (node, self.lists.neighbors)):
+        for q, source in ((edge, None), (self.around.node, self.lists.neighbors)):
             sums = moment(self.geometry.vectors, q, self.lists.centers, source)
             leading = sums[:, :, : self.options.axis_neuron] / 3.0
             features.append((leading.transpose(1, 2) @ sums).flatten(1))
@@ -139,9 +165,10 @@ class RepflowLayer:
 
     def _of_pair(self, name: str, node: Tensor, edge: Tensor) -> Tensor:
         """Activated linear map of [node_i, node_j, edge_ij], shape (n_edges, out)."""
-        table = torch.addmm(self.weights[f"{name}.b"], node, self.weights[f"{name}.nodes"])
+        of_center = torch.addmm(self.weights[f"{name}.b"], node, self.weights[f"{name}.center"])
+        of_neighbor = getattr(self.around, name)
         own = _product(edge, self.weights[f"{name}.edge"])
-        return self._activated(own, table, self.lists.centers, self.lists.neighbors)
+        return self._activated(own, of_center, of_neighbor, self.lists.centers, self.lists.neighbors)
 
     def _of_triple(self, name: str, node: Tensor, edge: Tensor, angle: Tensor) -> Tensor:
         """Activated linear map of [angle_jk, node_i, edge_ik, edge_ij], shape (n_angles, out)."""
@@ -151,11 +178,11 @@ class RepflowLayer:
         table = torch.addmm(of_node, gather(edge, lists.near), weights[f"{name}.edges"])
         w = weights[f"{name}.angle"]
         own = angle * w if w.shape[0] == 1 else _product(angle, w)
-        return self._activated(own, table, lists.first, lists.second)
-
-    def _activated(self, own: Tensor, table: Tensor, first: Index, second: Index) -> Tensor:
-        """Add to each entry the left half of its first row of `table` and the right half of its second."""
         left, right = torch.chunk(table, 2, dim=1)
+        return self._activated(own, left, right, lists.first, lists.second)
+
+    def _activated(self, own: Tensor, left: Tensor, right: Tensor, first: Index, second: Index) -> Tensor:
+        """Add to each entry its first row of `left` and its second of `right`."""
         return self.act(own + gather(left, first) + gather(right, second))
 
 

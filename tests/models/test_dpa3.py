@@ -326,6 +326,32 @@ def test_one_trace_serves_every_size(repflow: dict[str, Any]) -> None:
             )
 
 
+@pytest.mark.parametrize("n_entries", [1, 60, 10_000])
+@pytest.mark.parametrize(
+    "repflow", [DYNAMIC, SEQUENTIAL, AVERAGED, PLAIN], ids=["dynamic", "sequential", "averaged", "plain"]
+)
+def test_in_parts_equals_at_once(
+    repflow: dict[str, Any], n_entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mtinfer.models.dpa3._ENTRIES_OF_PART", n_entries)
+    model = build(repflow, activation_function="silut:2", add_chg_spin_ebd=repflow is DYNAMIC)
+    (group,) = model.prepare(draw(model))
+    for name in ("one atom", "two atoms out of reach", "two atoms without angles", "several structures"):
+        layout = only_layout(model, prepare(model, SIZES[name]))
+        arguments = (layout.displacements, layout.tensors, group)
+        pairs = zip(model.in_parts(*arguments), model.energies_and_gradients(*arguments), strict=True)
+        for got, expected in pairs:
+            torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_a_large_structure_is_evaluated_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(DYNAMIC)
+    layout = only_layout(model, prepare(model, [cluster(12)]))
+    assert not model.is_large(layout)
+    monkeypatch.setattr("mtinfer.models.dpa3._LARGE", 1000)
+    assert model.is_large(layout)
+
+
 def no_atoms() -> GraphInputs:
     index, vectors = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.float64)
     nothing = torch.zeros(0, 0, dtype=torch.float64)
