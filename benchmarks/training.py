@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,10 +129,10 @@ def train_deepmd(
     return seconds, statistics.median(per_step[1:] or per_step), peak, curve, newest
 
 
-def score(checkpoint: Path, data: Path, folder: Path) -> dict[str, float]:
+def score(checkpoint: Path, data: Path, folder: Path, tasks: Iterable[str]) -> dict[str, float]:
     """RMSE of the force components of the held-out frames of every task."""
     found = {}
-    for task in sorted(path.name for path in (data / "valid").iterdir()):
+    for task in sorted(tasks):
         report = folder / f"score-{task}.json"
         command = [sys.executable, "-m", "mtinfer", "eval", "--head", task, str(checkpoint)]
         command += [str(data / "valid" / task), "--json", str(report)]
@@ -203,7 +203,7 @@ def main(
             else:
                 backend = engine.partition("--")[2]
                 seconds, step_ms, peak, curve, checkpoint = train_deepmd(str(dp), backend, folder, threads)
-            rmse = score(checkpoint, data, folder)
+            rmse = score(checkpoint, data, folder, curve)
             runs.append(Run(engine, seed, seconds, step_ms, peak, rmse, curve))
             click.echo(f"{engine} seed {seed}: {seconds:.0f} s, {step_ms:.1f} ms a step, {rmse}", err=True)
     tasks = sorted(runs[0].force_rmse)
