@@ -166,6 +166,7 @@ def test_keywords_of_deepmd_kit_scripts(potential: Potential) -> None:
         MTCalculator(potential, head="water", skin=-1.0)
 
 
+@pytest.mark.filterwarnings("ignore:.*never saw Cu.*:mtinfer.potential.PredictionWarning")
 def test_calculators_share_a_potential(potential: Potential) -> None:
     one, other = MTCalculator(potential, head="water"), MTCalculator(potential, head="copper")
     assert one.potential is other.potential
