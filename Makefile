@@ -12,7 +12,6 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-
 .PHONY: demo test test-training test-all lint bench clean
 
 $(STAMP): pyproject.toml
@@ -32,7 +31,7 @@ test-training: $(STAMP)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'slow and not gpu' tests/train
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

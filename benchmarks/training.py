@@ -8,7 +8,6 @@ train on the same files; the checkpoints of both are scored by ``mtinfer eval``.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import os
@@ -24,6 +23,8 @@ from typing import Any
 
 import click
 import numpy as np
+
+from mtinfer.train.curves import read_curve
 
 COLOURS = {"mtinfer": "tab:blue", "dp --pt": "tab:orange", "dp --pt-expt": "tab:green"}
 
@@ -96,7 +97,7 @@ def train_mtinfer(folder: Path, threads: int) -> tuple[float, float, float, dict
     """Train with mtinfer in `folder`, which holds ``input.json``."""
     command = [sys.executable, "-m", "mtinfer", "train", "input.json", "--dialect", "pt"]
     seconds, peak, _ = run(command, folder, threads)
-    rows = list(csv.DictReader((folder / "lcurve.csv").open()))
+    rows = read_curve(folder / "lcurve.csv")
     at = {int(row["step"]): float(row["seconds"]) for row in rows}
     curve: dict[str, Any] = {}
     for row in rows:

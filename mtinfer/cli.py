@@ -69,7 +69,12 @@ def info(file: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("checkpoint", type=_FILE)
-@click.option("-o", "--output", type=_FILE, help="Output file  [default: CHECKPOINT with another suffix].")
+@click.option(
+    "-o",
+    "--output",
+    type=_FILE,
+    help="Output file  [default: beside CHECKPOINT: NAME.safetensors, NAME-pt.pt, NAME-pt_expt.pt].",
+)
 @click.option("--head", "heads", multiple=True, help="Head to keep (repeat for several)  [default: all].")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Store networks in this precision.")
 @click.option(
@@ -99,6 +104,8 @@ def convert(
     from .checkpoint.load import read
     from .potential import check_heads
 
+    if dtype is not None and target_format != "safetensors":
+        raise click.UsageError("--dtype goes with --to safetensors; a checkpoint keeps its precision")
     source = read(checkpoint)
     check_heads(source)
     if target_format == "safetensors":
@@ -107,9 +114,7 @@ def convert(
     else:
         from .checkpoint.writer import convert as write_checkpoint
 
-        if dtype is not None:
-            raise click.UsageError("--dtype goes with --to safetensors; a checkpoint keeps its precision")
-        target = output or checkpoint.with_suffix(f".{target_format}.pt")
+        target = output or checkpoint.with_name(f"{checkpoint.stem}-{target_format}.pt")
         written, changes = write_checkpoint(source, target, target_format, heads=heads or None, force=force)
         for change in changes:
             _show_warning(change)

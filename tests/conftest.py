@@ -27,7 +27,7 @@ def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     base = tmp_path_factory.getbasetemp()
     own = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
     directory = Path(os.environ.get("MTINFER_TEST_CACHE", own))
-    directory.mkdir(mode=0o700, exist_ok=True)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MTINFER_CACHE", str(directory))
         patch.setenv("OMP_NUM_THREADS", "1")  # of subprocesses

@@ -226,3 +226,18 @@ def test_an_error_in_a_real_process(debug: bool) -> None:
     assert ("Traceback" in done.stderr) == debug
     assert "no such file: 'absent.pt'" in done.stderr.splitlines()[-1]
     assert debug or len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("dialect", ["pt", "pt_expt"])
+def test_convert_to_a_checkpoint(tmp_path: Path, dialect: str) -> None:
+    source = tmp_path / "model.pt"
+    source.write_bytes(STRIP.read_bytes())
+    result = run("convert", source, "--to", dialect, "--head", "water")
+    assert result.exit_code == 0, result.output
+    target = tmp_path / f"model-{dialect}.pt"
+    found = json.loads(run("info", target, "--json").stdout)
+    assert (found["dialect"], [head["name"] for head in found["heads"]]) == (dialect, ["water"])
+    assert run("convert", source, "--to", dialect).exit_code == 1  # the file is kept
+    refused = run("convert", source, "--to", dialect, "--dtype", "float32", "--force")
+    assert refused.exit_code == 2
+    assert "--to safetensors" in refused.stderr

@@ -15,8 +15,11 @@ import ase
 import numpy as np
 import pytest
 import torch
+from reference_files import DATA
+from reference_files import structures as reference_structures
 from torch import Tensor
 
+import mtinfer
 from mtinfer.errors import StructureError, UnsupportedModelError
 from mtinfer.graph import trace
 from mtinfer.inputs import GraphInputs
@@ -350,6 +353,19 @@ def test_a_large_structure_is_evaluated_in_parts(monkeypatch: pytest.MonkeyPatch
     assert not model.is_large(layout)
     monkeypatch.setattr("mtinfer.models.dpa3._LARGE", 1000)
     assert model.is_large(layout)
+
+
+def test_a_potential_gives_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    potential = mtinfer.load(DATA / "reference/checkpoints/dpa3-shared-pt.pt", device="cpu", compile=False)
+    atoms = reference_structures(DATA / "reference")[0]
+    expected = potential.evaluate(atoms, "water")
+    monkeypatch.setattr("mtinfer.models.dpa3._LARGE", 0)
+    monkeypatch.setattr("mtinfer.models.dpa3._ENTRIES_OF_PART", 100)
+    monkeypatch.setattr(potential.head("water").graph, "function", None)  # not called
+    got = potential.evaluate(atoms, "water")
+    assert got.energy == pytest.approx(expected.energy, abs=1e-5)
+    np.testing.assert_allclose(got.forces, expected.forces, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got.virial, expected.virial, rtol=0, atol=1e-4)
 
 
 def no_atoms() -> GraphInputs:

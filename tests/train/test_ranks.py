@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +12,12 @@ import torch
 from tiny_inputs import SYSTEMS, shared_input
 
 #: one system of two frames per task, so that two processes see in a step what one sees in a batch of two
-WATER = {"clusters": SYSTEMS["clusters"][1:2], "copper": SYSTEMS["copper"][1:2]}
+TWO_FRAMES = {"clusters": SYSTEMS["clusters"][1:2], "copper": SYSTEMS["copper"][1:2]}
 
 
 def input_file(folder: Path, batch_size: int, **training: Any) -> Path:
     content = shared_input("dpa1strip", **training)
-    for task, systems in WATER.items():
+    for task, systems in TWO_FRAMES.items():
         content["training"]["data_dict"][task]["training_data"] = {
             "systems": systems,
             "batch_size": batch_size,
@@ -37,9 +36,12 @@ def run(folder: Path, n_processes: int, batch_size: int, **training: Any) -> sub
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    content = torch.load(folder / "model.ckpt.pt", weights_only=True)["model"]
-    return {name: value for name, value in content.items() if torch.is_tensor(value)}
+def numbers(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, and means of gradients: Adam steps alike whatever the scale of a gradient is."""
+    content = torch.load(folder / "model.ckpt.pt", weights_only=True)
+    found = {name: value for name, value in content["model"].items() if torch.is_tensor(value)}
+    moments = content["optimizer"]["state"]
+    return found | {f"gradient {k}": moments[k]["exp_avg"] for k in moments}
 
 
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
@@ -47,13 +49,13 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
         done = run(tmp_path / name, n_processes, batch_size, numb_steps=6)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("wrote ") == 1  # the first process alone speaks
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-9, atol=1e-11, msg=name)
     untouched = run(tmp_path / "other", 1, 1, numb_steps=6)
     assert untouched.returncode == 0
-    other = weights(tmp_path / "other")
+    other = numbers(tmp_path / "other")
     assert any(float((other[n] - t).abs().max()) > 1e-6 for n, t in one.items() if t.numel())
 
 
@@ -62,7 +64,7 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
     folder.mkdir()
     script = folder / "dies.py"
     script.write_text(
-        "import os, sys\n"
+        "import os\n"
         "from mtinfer.cli import main\n"
         "from mtinfer.train import trainer\n"
         "advance = trainer.Trainer._advance\n"
@@ -73,23 +75,10 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
         "trainer.Trainer._advance = mortal\n"
         "main()\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-    ]
-    command += [
-        "train",
-        str(input_file(folder, 1, numb_steps=50)),
-        "--output",
-        str(folder),
-        "--compile",
-        "off",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    inputs = str(input_file(folder, 1, numb_steps=50))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    command += ["train", inputs, "--output", str(folder), "--compile", "off"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "exitcode" in done.stderr
     assert not (folder / "model.ckpt-50.pt").exists()
