@@ -16,7 +16,7 @@ import platform
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,8 @@ __all__ = ["CompileMode", "GraphWarning", "SharedGraph", "cache_directory", "tra
 #: eagerly while the graph is loaded or compiled, and it takes over when its self-check has passed.
 CompileMode = Literal["off", "wait", "background"]
 
+#: the compiler is no business of two threads at a time
+_COMPILER = threading.Lock()
 #: calls answered eagerly before a background compilation starts: a single-point script never pays for one
 _CALLS_BEFORE_BACKGROUND = 3
 #: largest difference between a graph and eager that its self-check accepts, by the precision of the weights
@@ -167,7 +169,6 @@ class SharedGraph:
     _unchecked: bool = False
     _n_calls: int = 0
     _worker: threading.Thread | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, data: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Evaluate, compiled where a graph is at hand, else eagerly."""
@@ -178,7 +179,7 @@ class SharedGraph:
             return self.function(*data, *weights)
         if self._unchecked:
             return self._check(data, weights)
-        return self._compiled(*data, *weights)
+        return tuple(self._compiled(*data, *weights))
 
     @property
     def is_compiled(self) -> bool:
@@ -199,7 +200,7 @@ class SharedGraph:
             self._worker.start()
 
     def _obtain(self, device: torch.device) -> None:
-        with self._lock:
+        with _COMPILER:
             if self._compiled is not None or self.mode == "off":
                 return
             store = _Store(cache_directory(), _key(self.signature, device))

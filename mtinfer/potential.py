@@ -26,6 +26,7 @@ from .inputs import GraphInputs, Prediction
 from .models import EnergyModel, edge_gradients, forces_and_virial
 from .models.layout import Layout
 from .neighbors import Candidates, find_candidates, graph_inputs
+from .stage_graphs import StageGraphs
 
 __all__ = ["HeadState", "Potential", "PredictionWarning", "load"]
 
@@ -58,6 +59,8 @@ class HeadState:
     #: elements of the training data; None where the file does not say
     observed_types: frozenset[str] | None
     graph: SharedGraph
+    #: the same architecture stage by stage, for what is too large for one call of `graph`
+    stages: StageGraphs
 
 
 class Potential:
@@ -89,8 +92,9 @@ class Potential:
 
     @property
     def graphs(self) -> list[SharedGraph]:
-        """The graphs of this potential, one per architecture."""
-        return list({id(state.graph): state.graph for state in self._heads.values()}.values())
+        """The graphs of this potential: one per architecture, and those of the stages of large structures."""
+        shared = {id(state.stages): state.stages for state in self._heads.values()}.values()
+        return [graph for stages in shared for graph in (stages.whole, *stages.graphs)]
 
     @property
     def type_map(self) -> tuple[str, ...]:
@@ -253,7 +257,7 @@ class Potential:
         if not state.model.is_large(layout):
             return state.graph((*layout.displacements, *layout.tensors), weights)
         named = dict(zip(state.weight_names, weights, strict=True))
-        return state.model.in_parts(layout.displacements, layout.tensors, named)
+        return state.model.in_parts(layout.displacements, layout.tensors, named, state.stages)
 
     def _types(self, atoms: ase.Atoms, state: HeadState) -> NDArray[np.int64]:
         index = {symbol: k for k, symbol in enumerate(state.model.type_map)}
@@ -316,7 +320,7 @@ def load(
         checkpoint = with_precision(checkpoint, _dtype(dtype))
     heads: dict[str, HeadState] = {}
     refused: dict[str, str] = {}
-    graphs: dict[str, SharedGraph] = {}
+    graphs: dict[str, StageGraphs] = {}
     for name, record in checkpoint.heads.items():
         if record.refused is not None:
             refused[name] = record.refused
@@ -361,7 +365,7 @@ def _head_state(
     model: EnergyModel,
     device: torch.device,
     mode: CompileMode,
-    graphs: dict[str, SharedGraph],
+    graphs: dict[str, StageGraphs],
 ) -> HeadState:
     weights = {name: tensor.to(device) for name, tensor in record.weights.items()}
     groups = model.prepare(weights)
@@ -369,6 +373,7 @@ def _head_state(
     default_fparam = weights.get("fitting_net.default_fparam_tensor")
     charge_spin = _default_charge_spin(record.config["descriptor"])
     observed = (record.config.get("info") or {}).get("observed_type")
+    stages = _graphs(model, names, groups[0], mode, graphs)
     return HeadState(
         name=record.name,
         aliases=record.aliases,
@@ -378,7 +383,8 @@ def _head_state(
         default_fparam=None if default_fparam is None else default_fparam.cpu().to(torch.float64),
         default_charge_spin=None if charge_spin is None else (float(charge_spin[0]), float(charge_spin[1])),
         observed_types=None if observed is None else frozenset(observed),
-        graph=_shared_graph(model, names, groups[0], mode, graphs),
+        graph=stages.whole,
+        stages=stages,
     )
 
 
@@ -389,14 +395,14 @@ def _default_charge_spin(descriptor: Mapping[str, Any]) -> Sequence[float] | Non
     return defaults.pop() if len(defaults) == 1 else None
 
 
-def _shared_graph(
+def _graphs(
     model: EnergyModel,
     names: Sequence[str],
     group: Mapping[str, Tensor],
     mode: CompileMode,
-    graphs: dict[str, SharedGraph],
-) -> SharedGraph:
-    """Return the graph of an architecture, made at its first head."""
+    graphs: dict[str, StageGraphs],
+) -> StageGraphs:
+    """Return the graphs of an architecture, made at its first head."""
     shapes = [f"{name} {tuple(group[name].shape)} {group[name].dtype}" for name in names]
     signature = "\n".join([repr(model), *shapes])
     if signature not in graphs:
@@ -407,9 +413,9 @@ def _shared_graph(
             weights = dict(zip(names, values[n_data:], strict=True))
             return model.energies_and_gradients(values[:n_arrays], values[n_arrays:n_data], weights)
 
-        graphs[signature] = SharedGraph(
-            function, signature, [*displacements, *tensors], [group[name] for name in names], mode
-        )
+        example = [group[name] for name in names]
+        whole = SharedGraph(function, signature, [*displacements, *tensors], example, mode)
+        graphs[signature] = StageGraphs(whole)
     return graphs[signature]
 
 

@@ -5,14 +5,12 @@ Zhang et al., arXiv:2506.01686.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import StructureError
 from ..inputs import GraphInputs, ParameterSpec
@@ -20,26 +18,16 @@ from .environment import TypeEmbedding
 from .gather import Index, lookup
 from .layers import Weights, activation, precision, required
 from .layout import Argument, Block, Layout, Pairs, Selection, ranks
-from .repflow import Part, Repflow, RepflowOptions, divide
+from .repflow import Division, Repflow, RepflowOptions
 from .repflow_layer import Lists
+from .stage import Call, directly
 
 #: rows of the tables: charges -100 … 99, spins 0 … 99
 _N_CHARGES, _N_SPINS = 200, 100
-#: entries and rows of the members of `Lists`
-_LISTS = (
-    ("edges", "atoms"),
-    ("edges", "atoms"),
-    ("near edges", "edges"),
-    ("near edges", "atoms"),
-    ("angles", "near edges"),
-    ("angles", "near edges"),
-)
-
-
 #: numbers that the layers of one graph may keep for the derivative; about 50 bytes of memory each
-_LARGE = 2e8
+_LARGE = 5e7
 #: edges and angles that are evaluated together where everything is too much
-_ENTRIES_OF_PART = 200_000
+_ENTRIES_OF_PART = 40_000
 
 
 @dataclass(frozen=True)
@@ -144,23 +132,21 @@ class DPA3:
         tensors = [Argument(("atoms",), index)]
         if self.charge_spin:
             tensors.append(Argument(("atoms", 2), index))
-        for entries, rows in _LISTS:
-            tensors += [Argument((entries,), index), Argument((entries,), index), Argument((rows,), index)]
-        return [Argument(("edges", 3))], tensors
+        return [Argument(("edges", 3))], [*tensors, *Lists.arguments(nearby="atoms")]
 
     def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]:
         """Flat lists of all edges and of all angles, in one call whatever `split`."""
-        lists = [
+        lists = Lists(
             Index.of(pairs.centers, inputs.n_atoms, ascending=True),
             Index.of(pairs.neighbors, inputs.n_atoms),
             *_angle_lists(self._near_edges(inputs, pairs), pairs.centers, inputs.n_atoms),
-        ]
+        )
         own = [self._rows_of_tables(inputs)] if self.charge_spin else []
         return [
             Layout(
                 group=0,
                 displacements=(inputs.displacements[pairs.edges],),
-                tensors=(inputs.types, *own, *(tensor for index in lists for tensor in index)),
+                tensors=(inputs.types, *own, *lists.tensors),
                 blocks=(Block(torch.arange(pairs.edges.shape[0], device=pairs.edges.device), pairs.edges),),
                 atoms=torch.arange(inputs.n_atoms, device=inputs.types.device),
             )
@@ -204,8 +190,8 @@ class DPA3:
         -------
         descriptor, shape (n, width), and types, shape (n,)
         """
-        parts = [Part.whole(self._lists(tensors))]
-        return self._evaluate(displacements[0], tensors, parts, weights, _at_once)
+        division = Division((self._lists(tensors),))
+        return self._evaluate(displacements[0], tensors, division, weights, directly)
 
     def is_large(self, layout: Layout) -> bool:
         """Whether what all layers keep for the derivative is too much for one call of the graph."""
@@ -216,28 +202,22 @@ class DPA3:
         return kept > _LARGE
 
     def in_parts(
-        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights, call: Call
     ) -> tuple[Tensor, Tensor]:
-        """Do what `__call__` does with less memory, for torch's autograd.
-
-        Layer after layer, and in a layer some centres after the others. Of each part only the features
-        between layers are kept; the rest is computed a second time for the derivative.
-        """
-        parts = divide(self._lists(tensors), _ENTRIES_OF_PART)
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        return self._evaluate(displacements[0], tensors, parts, weights, again)
+        """Do what `__call__` does layer after layer, and in a layer some centres after the others."""
+        division = Division.of(self._lists(tensors), _ENTRIES_OF_PART)
+        return self._evaluate(displacements[0], tensors, division, weights, call)
 
     def _lists(self, tensors: tuple[Tensor, ...]) -> Lists:
-        flat = tensors[1 + self.charge_spin :]
-        return Lists(*(Index(*flat[3 * k : 3 * k + 3]) for k in range(len(Lists._fields))))
+        return Lists.of(tensors[1 + self.charge_spin :])
 
     def _evaluate(
         self,
         displacements: Tensor,
         tensors: tuple[Tensor, ...],
-        parts: Sequence[Part],
+        division: Division,
         weights: Weights,
-        call: Callable[..., Any],
+        call: Call,
     ) -> tuple[Tensor, Tensor]:
         types = tensors[0]
         node = lookup(weights["descriptor.type_embedding"], types)
@@ -246,12 +226,8 @@ class DPA3:
             charge, spin = (weights[f"descriptor.{name}"] for name in ("charge", "spin"))
             mixed = lookup(charge, rows[:, 0]) + lookup(spin, rows[:, 1])
             node = node + activation(self.repflow.activation)(mixed)
-        features = self.repflow(displacements.to(self.repflow.dtype), types, node, parts, weights, call)
+        features = self.repflow(displacements.to(self.repflow.dtype), types, node, division, weights, call)
         return torch.cat([features, node], dim=1) if self.concat_output_tebd else features, types
-
-
-def _at_once(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
 
 
 def _angle_lists(near: Tensor, centers: Tensor, n_atoms: int) -> list[Index]:

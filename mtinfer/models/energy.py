@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,6 +16,7 @@ from .fitting import EnergyFitting
 from .hybrid import SINGLE, Hybrid
 from .layers import Weights, required
 from .layout import Argument, Layout, Pairs, Selection
+from .stage import Call
 
 
 class Descriptor(Protocol):
@@ -43,7 +45,7 @@ class InParts(Protocol):
 
     def is_large(self, layout: Layout) -> bool: ...
     def in_parts(
-        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights, call: Call
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -222,14 +224,21 @@ class EnergyModel:
         return isinstance(self.descriptor, InParts) and self.descriptor.is_large(layout)
 
     def in_parts(
-        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights, call: Call
     ) -> tuple[Tensor, ...]:
-        """Do what `energies_and_gradients` does with less memory, eagerly and not to be traced."""
+        """Do what `energies_and_gradients` does stage by stage, with less memory; not to be traced.
+
+        Parameters
+        ----------
+        call
+            calls a stage, and is differentiable for torch's autograd.
+        """
         if not isinstance(self.descriptor, InParts):
             raise TypeError(f"{type(self.descriptor).__name__} is not evaluated in parts")
+        describe = partial(self.descriptor.in_parts, call=call)
         with torch.enable_grad():
             varied = tuple(array.detach().requires_grad_(True) for array in displacements)
-            energies = self._energies(self.descriptor.in_parts, varied, tensors, weights)
+            energies = self._energies(describe, varied, tensors, weights)
             gradients = torch.autograd.grad(energies.sum(), varied)
         return (energies.detach(), *gradients)
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -19,9 +19,12 @@ from ..inputs import ParameterSpec
 from .environment import statistics_parameters
 from .gather import Index, gather, settled
 from .layers import Weights, activation, safe_norm, switch
-from .repflow_layer import Geometry, Lists, RepflowLayer, Surroundings
+from .layout import Argument
+from .repflow_layer import Lists, RepflowLayer, Surroundings
+from .stage import Call, Tensors, joined, pieces
 
 BLOCK = "descriptor.repflows"
+_GEOMETRY = f"{BLOCK}.geometry."
 _STYLES = ("res_avg", "res_incr", "res_residual")
 _PAIRS = ("node_edge_linear", "edge_self_linear")
 _TRIPLES = ("edge_angle_linear1", "angle_self_linear")
@@ -107,48 +110,62 @@ class RepflowOptions:
         return bool(self.a_compress_rate) and not self.a_compress_use_split
 
 
-class Part(NamedTuple):
-    """Some centres: their place among the atoms, the place of their edges, and their own lists."""
+@dataclass(frozen=True)
+class Division:
+    """All centres at once, or some centres after the others."""
 
-    atoms: slice
-    edges: slice
-    lists: Lists
+    #: of each part
+    lists: tuple[Lists, ...]
+    #: atoms that are near the centres of each part, part after part; None where one part sees all atoms
+    nearby: Index | None = None
+    n_nearby: tuple[int, ...] = ()
 
     @classmethod
-    def whole(cls, lists: Lists) -> Part:
-        """All centres at once."""
-        return cls(slice(None), slice(None), lists)
+    def of(cls, lists: Lists, n_entries: int) -> Division:
+        """Divide the centres into parts of about `n_entries` edges and angles.
 
+        Parameters
+        ----------
+        lists
+            of all centres, ascending by centre wherever `Lists` have an order.
+        """
+        n_atoms, n_edges = lists.centers.starts.shape[0], lists.centers.rows.shape[0]
+        n_near, n_angles = lists.near.rows.shape[0], lists.first.rows.shape[0]
+        edges = _ends(lists.centers.starts, n_edges)
+        near = _ends(lists.near_centers.starts, n_near)
+        angles = _ends(lists.first.starts, n_angles)[near]
+        group = (edges[1:] + angles[1:] - 1).clamp(min=0) // n_entries
+        sizes = torch.unique_consecutive(group, return_counts=True)[1]
+        bounds = torch.cat([sizes.new_zeros(1), torch.cumsum(sizes, 0)])
+        marks = torch.stack([bounds, edges[bounds], near[bounds], angles[bounds]], dim=1).tolist()
+        parts, nearby = [], []
+        for (a, e, m, g), (a_end, e_end, m_end, g_end) in itertools.pairwise(marks):
+            near_atoms, neighbors = torch.unique(lists.neighbors.rows[e:e_end], return_inverse=True)
+            nearby.append(near_atoms)
+            parts.append(
+                Lists(
+                    centers=_cut(lists.centers, slice(e, e_end), slice(a, a_end), a, e),
+                    neighbors=Index.of(neighbors, near_atoms.shape[0]),
+                    near=_cut(lists.near, slice(m, m_end), slice(e, e_end), e, m),
+                    near_centers=_cut(lists.near_centers, slice(m, m_end), slice(a, a_end), a, m),
+                    first=_cut(lists.first, slice(g, g_end), slice(m, m_end), m, g),
+                    second=_cut(lists.second, slice(g, g_end), slice(m, m_end), m, g),
+                )
+            )
+        seen = Index.of(torch.cat(nearby), n_atoms)
+        return cls(tuple(parts), seen, tuple(atoms.shape[0] for atoms in nearby))
 
-def divide(lists: Lists, n_entries: int) -> list[Part]:
-    """Divide the centres into parts of about `n_entries` edges and angles.
+    def of_centers(self, x: Tensor) -> Sequence[Tensor]:
+        """Rows of atoms, by part: those of the centres."""
+        return pieces(x, [lists.centers.starts.shape[0] for lists in self.lists])
 
-    Parameters
-    ----------
-    lists
-        of all centres, ascending by centre wherever `Lists` have an order.
-    """
-    n_atoms, n_edges = lists.centers.starts.shape[0], lists.centers.rows.shape[0]
-    n_near, n_angles = lists.near.rows.shape[0], lists.first.rows.shape[0]
-    edges = _ends(lists.centers.starts, n_edges)
-    near = _ends(lists.near_centers.starts, n_near)
-    angles = _ends(lists.first.starts, n_angles)[near]
-    group = (edges[1:] + angles[1:] - 1).clamp(min=0) // n_entries
-    sizes = torch.unique_consecutive(group, return_counts=True)[1]
-    bounds = torch.cat([sizes.new_zeros(1), torch.cumsum(sizes, 0)])
-    marks = torch.stack([bounds, edges[bounds], near[bounds], angles[bounds]], dim=1).tolist()
-    parts = []
-    for (a, e, m, g), (a_end, e_end, m_end, g_end) in itertools.pairwise(marks):
-        own = Lists(
-            centers=_cut(lists.centers, slice(e, e_end), slice(a, a_end), a, e),
-            neighbors=Index.of(lists.neighbors.rows[e:e_end], n_atoms),
-            near=_cut(lists.near, slice(m, m_end), slice(e, e_end), e, m),
-            near_centers=_cut(lists.near_centers, slice(m, m_end), slice(a, a_end), a, m),
-            first=_cut(lists.first, slice(g, g_end), slice(m, m_end), m, g),
-            second=_cut(lists.second, slice(g, g_end), slice(m, m_end), m, g),
-        )
-        parts.append(Part(slice(a, a_end), slice(e, e_end), own))
-    return parts
+    def of_edges(self, x: Tensor) -> Sequence[Tensor]:
+        """Rows of edges, by part."""
+        return pieces(x, [lists.centers.rows.shape[0] for lists in self.lists])
+
+    def of_nearby(self, x: Tensor) -> Sequence[Tensor]:
+        """Rows of atoms, by part: those of all that are near the centres."""
+        return [x] if self.nearby is None else pieces(gather(x, self.nearby), self.n_nearby)
 
 
 def _ends(starts: Tensor, n: int) -> Tensor:
@@ -225,13 +242,13 @@ class Repflow:
         """Weights for the graph: linear maps taken apart, what no layer reads left out."""
         embedding = weights[f"{BLOCK}.angle_embd.w"]
         prepared = {
-            f"{BLOCK}.mean": weights[f"{BLOCK}.mean"][:, 0],
-            f"{BLOCK}.stddev": weights[f"{BLOCK}.stddev"][:, 0],
-            f"{BLOCK}.edge_embd.w": weights[f"{BLOCK}.edge_embd.w"],
-            f"{BLOCK}.edge_embd.b": weights[f"{BLOCK}.edge_embd.b"],
+            f"{_GEOMETRY}mean": weights[f"{BLOCK}.mean"][:, 0],
+            f"{_GEOMETRY}stddev": weights[f"{BLOCK}.stddev"][:, 0],
+            f"{_GEOMETRY}edge_embd.w": weights[f"{BLOCK}.edge_embd.w"],
+            f"{_GEOMETRY}edge_embd.b": weights[f"{BLOCK}.edge_embd.b"],
         }
         if self._updates(0)[1]:
-            prepared[f"{BLOCK}.angle_embd.w"] = embedding
+            prepared[f"{BLOCK}.layers.0.angle_embd"] = embedding
         for k in range(self.options.nlayers):
             layer = f"{BLOCK}.layers.{k}."
             own = {name.removeprefix(layer): w for name, w in weights.items() if name.startswith(layer)}
@@ -290,9 +307,9 @@ class Repflow:
         displacements: Tensor,
         types: Tensor,
         node: Tensor,
-        parts: Sequence[Part],
+        division: Division,
         weights: Weights,
-        call: Callable[..., Any],
+        call: Call,
     ) -> Tensor:
         """Node features after the last layer.
 
@@ -304,76 +321,97 @@ class Repflow:
             shape (n_atoms,).
         node
             shape (n_atoms, n_dim), before the first activation.
-        parts
-            all centres in order, evaluated one part after the other.
-        call
-            ``call(function, *arguments)`` calls the function of one part.
 
         Returns
         -------
         shape (n_atoms, n_dim)
         """
-        act = activation(self.activation)
-        node = act(node)
-        geometries, edges = zip(
-            *(
-                call(self._geometry, displacements[part.edges], types[part.atoms], part.lists, weights)
-                for part in parts
-            ),
-            strict=True,
-        )
-        angles = tuple(geometry.cosine for geometry in geometries)
-        for k in range(self.options.nlayers):
-            prefix = f"{BLOCK}.layers.{k}."
-            own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-            around = Surroundings.of(node, own)
-            updates = self._updates(k)
-            embedding = weights[f"{BLOCK}.angle_embd.w"] if k == 0 and updates[1] else None
-            layers = [
-                RepflowLayer(self.options, act, part.lists, geometry, around, own, *updates, embedding)
-                for part, geometry in zip(parts, geometries, strict=True)
-            ]
-            nodes, edges, angles = zip(
-                *(
-                    call(layer, node[part.atoms], edge, angle)
-                    for part, layer, edge, angle in zip(parts, layers, edges, angles, strict=True)
-                ),
-                strict=True,
+        o = self.options
+        node = activation(self.activation)(node)
+        lists = [part.tensors for part in division.lists]
+        geometry = RepflowGeometry(o, self.activation, self.protection, self.dtype)
+        own = _named(weights, _GEOMETRY)
+        placed = [
+            call(geometry, (vectors,), (of_centers, *flat), own)
+            for vectors, of_centers, flat in zip(
+                division.of_edges(displacements), division.of_centers(types), lists, strict=True
             )
-            node = nodes[0] if len(nodes) == 1 else torch.cat(nodes)
+        ]
+        edges, of_edges = [part[0] for part in placed], [part[1:3] for part in placed]
+        angles, of_angles = [part[3:4] for part in placed], [part[4:] for part in placed]
+        for k in range(o.nlayers):
+            own = _named(weights, f"{BLOCK}.layers.{k}.")
+            layer = RepflowLayer(o, self.activation, self.dtype, *self._updates(k), from_cosine=k == 0)
+            around = zip(*map(division.of_nearby, Surroundings.of(node, own).tensors), strict=True)
+            new = [
+                call(layer, (*mine, *rest, *(angle + of_angle) * layer.reads_angles, *near), flat, own)
+                for *mine, rest, angle, of_angle, near, flat in zip(
+                    division.of_centers(node), edges, of_edges, angles, of_angles, around, lists, strict=True
+                )
+            ]
+            node = joined([part[0] for part in new])
+            if layer.updates_edges:
+                edges = [part[1] for part in new]
+            if layer.updates_angles:
+                angles = [part[2:] for part in new]
         return node
 
-    def _geometry(
-        self, displacements: Tensor, types: Tensor, lists: Lists, weights: Weights
-    ) -> tuple[Geometry, Tensor]:
-        """Geometry and initial edge features (n_edges, e_dim)."""
+
+@dataclass(frozen=True)
+class RepflowGeometry:
+    """Stage before the layers: initial edge features, and what stays the same in all layers."""
+
+    options: RepflowOptions
+    activation: str
+    protection: float
+    dtype: torch.dtype
+
+    def arguments(self) -> tuple[list[Argument], list[Argument]]:
+        """Displacements (n_edges, 3), Å; types of the centres (n_centers,), `Lists`."""
+        types = Argument(("atoms",), torch.int64)
+        return [Argument(("edges", 3), self.dtype)], [types, *Lists.arguments()]
+
+    def outputs(self) -> list[Argument]:
+        """Edge features; `w` and `vectors`; with angles their cosines over sqrt(π), `v` and `v_second`."""
+        shapes: list[tuple[str | int, ...]] = [("edges", self.options.e_dim), ("edges", 1), ("edges", 3)]
+        if self.options.update_angle:
+            shapes += [("angles", 1), ("near edges", 1), ("angles", 1)]
+        return [Argument(shape, self.dtype) for shape in shapes]
+
+    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights) -> Tensors:
+        """Evaluate on weights as `Repflow.prepare` makes them (names without the prefix)."""
         o = self.options
+        (displacements,), (types, *flat) = varied, fixed
+        lists = Lists.of(flat)
         r = safe_norm(displacements)
         w = self._switch(r, o.e_rcut_smth, o.e_rcut)
         mean, stddev = (
-            weights[f"{BLOCK}.{name}"][types].index_select(0, lists.centers.rows)
-            for name in ("mean", "stddev")
+            weights[name][types].index_select(0, lists.centers.rows) for name in ("mean", "stddev")
         )
         inverse = 1.0 / (r + self.protection)
         vectors = (displacements * (inverse * inverse * w) - mean[:, 1:]) / stddev[:, 1:]
         edge = r if o.edge_init_use_dist else (inverse * w - mean[:, :1]) / stddev[:, :1]
-        edge = edge * weights[f"{BLOCK}.edge_embd.w"] + weights[f"{BLOCK}.edge_embd.b"]
+        edge = edge * weights["edge_embd.w"] + weights["edge_embd.b"]
         if not o.edge_init_use_dist:
             edge = activation(self.activation)(edge)
         w, vectors = w / o.n_edge_norm, vectors * (w * o.n_edge_norm**-0.5)
         if not o.update_angle:
-            return Geometry(w, vectors, w, w, w), edge
+            return edge, w, vectors
         near = settled(gather(torch.cat([displacements / (r + 1e-6), r], dim=1), lists.near))
         unit, r = torch.split(near, [3, 1], dim=1)
         cosine = (gather(unit, lists.first) * gather(unit, lists.second)).sum(1, keepdim=True)
         cosine = cosine * ((1.0 - 1e-6) / math.sqrt(math.pi))
         v = settled(self._switch(r, o.a_rcut_smth, o.a_rcut))
-        return Geometry(w, vectors, v * o.n_angle_norm**-0.5, gather(v, lists.second), cosine), edge
+        return edge, w, vectors, cosine, v * o.n_angle_norm**-0.5, gather(v, lists.second)
 
     def _switch(self, r: Tensor, rcut_smth: float, rcut: float) -> Tensor:
         if not self.options.use_exp_switch:
             return switch(r, rcut_smth, rcut)
         return torch.exp(-torch.exp((torch.clamp(r, max=rcut) - rcut_smth) * (20.0 / rcut_smth)))
+
+
+def _named(weights: Weights, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
 def _beside_zeros(w: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ terms. Each term is multiplied out on its own list, before it is gathered to the
 
 Edges and angles of a centre meet other centres only through the features of the neighbouring nodes. A layer
 can therefore be evaluated for some centres at a time: `Lists` and everything on them are those of the
-centres, and `Surroundings` are those of all atoms.
+centres, and `Surroundings` are those of the atoms that are near them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from .gather import Index, gather, moment, segment_sum
-from .layers import Weights
+from .layers import Weights, activation
+from .layout import Argument
+from .stage import Tensors
 
 if TYPE_CHECKING:
     from .repflow import RepflowOptions
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 class Lists(NamedTuple):
     """Topology: who is next to whom. The last four are empty in models without angles."""
 
-    #: edge -> its centre, among the centres, and its neighbour, among all atoms
+    #: edge -> its centre, among the centres, and its neighbour, among the atoms near them
     centers: Index
     neighbors: Index
     #: edge that is part of angles ("near") -> its place among the edges, and its centre
@@ -39,6 +41,33 @@ class Lists(NamedTuple):
     #: angle (j, k) -> near edges ij, which it updates, and ik
     first: Index
     second: Index
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Lists:
+        """From the members of the indices, one after the other."""
+        return cls(*(Index(*tensors[3 * k : 3 * k + 3]) for k in range(len(cls._fields))))
+
+    @property
+    def tensors(self) -> Tensors:
+        """The members of the indices, one after the other."""
+        return tuple(tensor for index in self for tensor in index)
+
+    @staticmethod
+    def arguments(nearby: str = "nearby") -> list[Argument]:
+        """Declare `tensors`; `nearby` names the axis of the atoms that are neighbours."""
+        entries_and_rows = (
+            ("edges", "atoms"),
+            ("edges", nearby),
+            ("near edges", "edges"),
+            ("near edges", "atoms"),
+            ("angles", "near edges"),
+            ("angles", "near edges"),
+        )
+        return [
+            Argument((axis,), torch.int64)
+            for entries, rows in entries_and_rows
+            for axis in (entries, entries, rows)
+        ]
 
 
 class Geometry(NamedTuple):
@@ -52,18 +81,16 @@ class Geometry(NamedTuple):
     v: Tensor
     #: (n_angles, 1), switch of the second edge
     v_second: Tensor
-    #: (n_angles, 1), cosine over sqrt(π)
-    cosine: Tensor
 
 
 class Surroundings(NamedTuple):
     """What edges read of their neighbours."""
 
-    #: (n_atoms, n_dim)
+    #: (n_nearby, n_dim)
     node: Tensor
-    #: linear maps of it, shape (n_atoms, out); the second is None where no edge is updated
+    #: linear maps of it, shape (n_nearby, out); the second is None where no edge is updated
     node_edge_linear: Tensor
-    edge_self_linear: Tensor | None
+    edge_self_linear: Tensor | None = None
 
     @classmethod
     def of(cls, node: Tensor, weights: Weights) -> Surroundings:
@@ -75,10 +102,95 @@ class Surroundings(NamedTuple):
             None if of_edge is None else node @ of_edge,
         )
 
+    @property
+    def tensors(self) -> Tensors:
+        """Those that are there."""
+        return tuple(tensor for tensor in self if tensor is not None)
+
 
 @dataclass(frozen=True)
 class RepflowLayer:
     """One layer for some centres, on weights as `Repflow.prepare` makes them (names without the prefix)."""
+
+    options: RepflowOptions
+    activation: str
+    dtype: torch.dtype
+    updates_edges: bool
+    updates_angles: bool
+    #: layer 0, whose angle features are multiples of one vector
+    from_cosine: bool
+
+    @property
+    def reads_angles(self) -> bool:
+        """Whether angles enter; else `v`, `v_second` and the angle features are not among the arguments."""
+        return self.options.update_angle and self.updates_edges
+
+    def arguments(self) -> tuple[list[Argument], list[Argument]]:
+        """Node, edge, `w`, `vectors`; angle, `v`, `v_second` if read; `Surroundings`. Then `Lists`."""
+        o = self.options
+        shapes: list[tuple[str | int, ...]] = [("atoms", o.n_dim), ("edges", o.e_dim)]
+        shapes += [("edges", 1), ("edges", 3)]
+        if self.reads_angles:
+            width = 1 if self.from_cosine else o.a_dim
+            shapes += [("angles", width), ("near edges", 1), ("angles", 1)]
+        shapes += [("nearby", o.n_dim), ("nearby", o.n_multi_edge_message * o.n_dim)]
+        if self.updates_edges:
+            shapes.append(("nearby", o.e_dim))
+        return [Argument(shape, self.dtype) for shape in shapes], Lists.arguments()
+
+    def outputs(self) -> list[Argument]:
+        """Node features, and what is updated of edge and angle features."""
+        o = self.options
+        declared = [Argument(("atoms", o.n_dim), self.dtype)]
+        if self.updates_edges:
+            declared.append(Argument(("edges", o.e_dim), self.dtype))
+        if self.updates_angles:
+            declared.append(Argument(("angles", o.a_dim), self.dtype))
+        return declared
+
+    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights) -> Tensors:
+        """New node, edge and angle features, all from the old ones unless `sequential_update`."""
+        node, edge, w, vectors, *rest = varied
+        nothing = w[:0]
+        angle, v, v_second = (rest.pop(0) for _ in range(3)) if self.reads_angles else (nothing,) * 3
+        geometry, around = Geometry(w, vectors, v, v_second), Surroundings(*rest)
+        act = activation(self.activation)
+        read = _Messages(self.options, act, Lists.of(fixed), geometry, around, weights)
+        old_angle = angle * weights["angle_embd"] if self.from_cosine and self.updates_angles else angle
+        if self.options.sequential_update:
+            edge = _step("e", 0, edge, read.of_pair("edge_self_linear", node, edge), weights)
+            message = read.of_triple("angle_self_linear", node, edge, angle)
+            angle = _step("a", 0, old_angle, message, weights)
+            edge = _step("e", 1, edge, read.of_angles(node, edge, angle), weights)
+            return self._update("n", node, read.of_neighbors(node, edge), weights), edge, angle
+        new = [self._update("n", node, read.of_neighbors(node, edge), weights)]
+        if self.updates_edges:
+            terms = [read.of_pair("edge_self_linear", node, edge)]
+            if self.reads_angles:
+                terms.append(read.of_angles(node, edge, angle))
+            new.append(self._update("e", edge, terms, weights))
+        if self.updates_angles:
+            term = read.of_triple("angle_self_linear", node, edge, angle)
+            new.append(self._update("a", old_angle, [term], weights))
+        return tuple(new)
+
+    def _update(self, kind: str, old: Tensor, terms: Sequence[Tensor], weights: Weights) -> Tensor:
+        style, new = self.options.update_style, old
+        for i, term in enumerate(terms):
+            if style == "res_residual":
+                new = _step(kind, i, new, term, weights)
+            else:
+                new = new + (term / math.sqrt(len(terms)) if style == "res_incr" else term)
+        return new / math.sqrt(len(terms) + 1) if style == "res_avg" else new
+
+
+def _step(kind: str, i: int, old: Tensor, term: Tensor, weights: Weights) -> Tensor:
+    return old + term * weights[f"{kind}_residual.{i}"]
+
+
+@dataclass(frozen=True)
+class _Messages:
+    """What nodes, edges and angles receive in one layer."""
 
     options: RepflowOptions
     act: Callable[[Tensor], Tensor]
@@ -86,52 +198,10 @@ class RepflowLayer:
     geometry: Geometry
     around: Surroundings
     weights: Weights
-    updates_edges: bool
-    updates_angles: bool
-    #: (1, a_dim), in layer 0: the vector that angle features are multiples of
-    embedding: Tensor | None
 
-    def __call__(self, node: Tensor, edge: Tensor, angle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """New node, edge and angle features, all from the old ones unless `sequential_update`.
-
-        Parameters
-        ----------
-        node, edge
-            of the centres, shape (n_centers, n_dim), (n_edges, e_dim).
-        angle
-            shape (n_angles, a_dim); in layer 0 the cosine alone, shape (n_angles, 1).
-        """
-        old_angle = angle if self.embedding is None else angle * self.embedding
-        if self.options.sequential_update:
-            edge = self._step("e", 0, edge, self._of_pair("edge_self_linear", node, edge))
-            angle = self._step("a", 0, old_angle, self._of_triple("angle_self_linear", node, edge, angle))
-            edge = self._step("e", 1, edge, self._angle_message(node, edge, angle))
-            return self._update("n", node, self._node_terms(node, edge)), edge, angle
-        new_edge, new_angle = edge, angle
-        if self.updates_edges:
-            terms = [self._of_pair("edge_self_linear", node, edge)]
-            if self.options.update_angle:
-                terms.append(self._angle_message(node, edge, angle))
-            new_edge = self._update("e", edge, terms)
-        if self.updates_angles:
-            term = self._of_triple("angle_self_linear", node, edge, angle)
-            new_angle = self._update("a", old_angle, [term])
-        return self._update("n", node, self._node_terms(node, edge)), new_edge, new_angle
-
-    def _update(self, kind: str, old: Tensor, terms: Sequence[Tensor]) -> Tensor:
-        style, new = self.options.update_style, old
-        for i, term in enumerate(terms):
-            if style == "res_residual":
-                new = self._step(kind, i, new, term)
-            else:
-                new = new + (term / math.sqrt(len(terms)) if style == "res_incr" else term)
-        return new / math.sqrt(len(terms) + 1) if style == "res_avg" else new
-
-    def _step(self, kind: str, i: int, old: Tensor, term: Tensor) -> Tensor:
-        return old + term * self.weights[f"{kind}_residual.{i}"]
-
-    def _node_terms(self, node: Tensor, edge: Tensor) -> list[Tensor]:
-        messages = self._of_pair("node_edge_linear", node, edge)
+    def of_neighbors(self, node: Tensor, edge: Tensor) -> list[Tensor]:
+        """Terms of the node update, shape (n_centers, n_dim) each."""
+        messages = self.of_pair("node_edge_linear", node, edge)
         messages = moment(self.geometry.w, messages, self.lists.centers).squeeze(1)
         return [
             self.act(self._affine("node_self_mlp", node)),
@@ -148,10 +218,10 @@ class RepflowLayer:
             features.append((leading.transpose(1, 2) @ sums).flatten(1))
         return torch.cat(features, dim=1)
 
-    def _angle_message(self, node: Tensor, edge: Tensor, angle: Tensor) -> Tensor:
+    def of_angles(self, node: Tensor, edge: Tensor, angle: Tensor) -> Tensor:
         """Sum over the angles of each edge, through a second linear map, shape (n_edges, e_dim)."""
         near, v = self.lists.near, self.geometry.v
-        message = self._of_triple("edge_angle_linear1", node, edge, angle)
+        message = self.of_triple("edge_angle_linear1", node, edge, angle)
         message = moment(self.geometry.v_second, message, self.lists.first).squeeze(1) * v
         if self.options.smooth_edge_update:
             message = segment_sum(message @ self.weights["edge_angle_linear2.w"], near)
@@ -163,14 +233,14 @@ class RepflowLayer:
     def _affine(self, name: str, x: Tensor) -> Tensor:
         return torch.addmm(self.weights[f"{name}.b"], x, self.weights[f"{name}.w"])
 
-    def _of_pair(self, name: str, node: Tensor, edge: Tensor) -> Tensor:
+    def of_pair(self, name: str, node: Tensor, edge: Tensor) -> Tensor:
         """Activated linear map of [node_i, node_j, edge_ij], shape (n_edges, out)."""
         of_center = torch.addmm(self.weights[f"{name}.b"], node, self.weights[f"{name}.center"])
         of_neighbor = getattr(self.around, name)
         own = _product(edge, self.weights[f"{name}.edge"])
         return self._activated(own, of_center, of_neighbor, self.lists.centers, self.lists.neighbors)
 
-    def _of_triple(self, name: str, node: Tensor, edge: Tensor, angle: Tensor) -> Tensor:
+    def of_triple(self, name: str, node: Tensor, edge: Tensor, angle: Tensor) -> Tensor:
         """Activated linear map of [angle_jk, node_i, edge_ik, edge_ij], shape (n_angles, out)."""
         lists, weights = self.lists, self.weights
         of_node = torch.addmm(weights[f"{name}.b"], node, weights[f"{name}.node"])

@@ -27,6 +27,7 @@ from mtinfer.models import EnergyModel
 from mtinfer.models.gather import Index
 from mtinfer.models.layers import activation
 from mtinfer.models.layout import Layout
+from mtinfer.models.stage import directly
 from mtinfer.neighbors import find_candidates, graph_inputs
 
 TYPE_MAP = ["O", "H", "C"]
@@ -342,7 +343,9 @@ def test_in_parts_equals_at_once(
     for name in ("one atom", "two atoms out of reach", "two atoms without angles", "several structures"):
         layout = only_layout(model, prepare(model, SIZES[name]))
         arguments = (layout.displacements, layout.tensors, group)
-        pairs = zip(model.in_parts(*arguments), model.energies_and_gradients(*arguments), strict=True)
+        pairs = zip(
+            model.in_parts(*arguments, directly), model.energies_and_gradients(*arguments), strict=True
+        )
         for got, expected in pairs:
             torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 

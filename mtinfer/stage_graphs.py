@@ -1,0 +1,97 @@
+"""Compiled stages: what is too large for one graph is evaluated through these, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .graph import SharedGraph
+from .models.layers import Weights
+from .models.stage import Stage, Tensors, derivative
+
+__all__ = ["StageGraphs"]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Graphs of one kind of stage, and the names of the weights that they take."""
+
+    value: SharedGraph
+    derivative: SharedGraph
+    names: tuple[str, ...]
+
+
+@dataclass
+class StageGraphs:
+    """Graphs of the stages of one architecture: one of the value and one of the derivative for each kind.
+
+    Layers that differ in their weights alone share them, and so do heads, structures of any size, and parts.
+
+    Parameters
+    ----------
+    whole
+        graph of the same architecture for what is not too large; decides when these are compiled.
+    """
+
+    whole: SharedGraph
+    _pairs: dict[str, _Pair] = field(default_factory=dict)
+
+    @property
+    def graphs(self) -> list[SharedGraph]:
+        """Those that were needed so far."""
+        return [graph for pair in self._pairs.values() for graph in (pair.value, pair.derivative)]
+
+    def __call__(self, stage: Stage, varied: Tensors, fixed: Tensors, weights: Weights) -> Tensors:
+        """Evaluate a stage for torch's autograd, which keeps its arguments alone."""
+        pair = self._pair(stage, weights)
+        ordered = tuple(weights[name] for name in pair.names)
+        outputs: Tensors = _Stage.apply(pair, fixed, ordered, *varied)  # type: ignore[no-untyped-call]
+        return outputs
+
+    def _pair(self, stage: Stage, weights: Weights) -> _Pair:
+        names = tuple(sorted(weights))
+        shapes = [f"{name} {tuple(weights[name].shape)} {weights[name].dtype}" for name in names]
+        signature = "\n".join([repr(stage), *shapes])
+        if signature not in self._pairs:
+            varied, fixed = stage.arguments()
+            n_varied, n_data = len(varied), len(varied) + len(fixed)
+            outputs = stage.outputs()
+            n_all = n_data + len(outputs)
+
+            def value(*values: Tensor) -> Tensors:
+                named = dict(zip(names, values[n_data:], strict=True))
+                return stage(values[:n_varied], values[n_varied:n_data], named)
+
+            def of_cotangents(*values: Tensor) -> Tensors:
+                named = dict(zip(names, values[n_all:], strict=True))
+                return derivative(
+                    stage, values[:n_varied], values[n_varied:n_data], values[n_data:n_all], named
+                )
+
+            def graph(kind: str, function: Callable[..., Tensors], further: list[Any]) -> SharedGraph:
+                example = [weights[name] for name in names]
+                arguments = [*varied, *fixed, *further]
+                return SharedGraph(function, f"{kind} {signature}", arguments, example, self.whole.mode)
+
+            self._pairs[signature] = _Pair(
+                graph("value", value, []), graph("derivative", of_cotangents, outputs), names
+            )
+        return self._pairs[signature]
+
+
+class _Stage(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pair: _Pair, fixed: Tensors, weights: Tensors, *varied: Tensor) -> Tensors:
+        ctx.pair, ctx.weights, ctx.n_varied = pair, weights, len(varied)
+        varied = tuple(array.contiguous() for array in varied)
+        ctx.save_for_backward(*varied, *fixed)
+        return pair.value((*varied, *fixed), weights)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        data = (*ctx.saved_tensors, *(cotangent.contiguous() for cotangent in cotangents))
+        return (None, None, None, *ctx.pair.derivative(data, ctx.weights))
