@@ -22,6 +22,8 @@ import ase
 import ase.build
 import ase.io
 import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import MtinferError
 
@@ -163,9 +165,10 @@ class Figures:
     median_ms: float
     peak_rss_mib: float
     graphs_compiled: int
-    #: floating-point operations of all matrix products of a step
+    #: floating-point operations of all matrix products of a step, and what they read and write
     gflop: float
-    #: time that those products take at the measured rate of a large product, ms
+    gbyte: float
+    #: time that those products take at the measured rate of a large product, or of a large copy, ms
     roofline_ms: float
 
     @property
@@ -255,8 +258,6 @@ def _write_checkpoint(path: Path, architecture: str) -> None:
 
 
 def _measure_here(architecture: str, n_atoms: int, steps: int, threads: int, device: str) -> Figures:
-    import torch
-
     from .calculator import MTCalculator
 
     torch.set_num_threads(threads)
@@ -277,7 +278,8 @@ def _measure_here(architecture: str, n_atoms: int, steps: int, threads: int, dev
         calculator.calculate(atoms)
         seconds.append(time.perf_counter() - began)
     peak = _peak_rss_mib()
-    gflop, n_edges = _count(calculator, atoms)
+    gflop, gbyte, n_edges = _count(calculator, atoms)
+    where = calculator.potential.device
     return Figures(
         architecture=architecture,
         engine="mtinfer",
@@ -289,12 +291,17 @@ def _measure_here(architecture: str, n_atoms: int, steps: int, threads: int, dev
         peak_rss_mib=peak,
         graphs_compiled=calculator.potential.graphs_compiled,
         gflop=gflop,
-        roofline_ms=1e3 * gflop / _matmul_gflops(calculator.potential.device, architecture),
+        gbyte=gbyte,
+        roofline_ms=1e3 * max(gflop / _matmul_gflops(where, architecture), gbyte / _copy_gbytes(where)),
     )
 
 
-def _count(calculator: Any, atoms: ase.Atoms) -> tuple[float, int]:
-    """Floating-point operations of one step, counted on the eager function, and number of pairs."""
+def _count(calculator: Any, atoms: ase.Atoms) -> tuple[float, float, int]:
+    """Operations and bytes of the matrix products of one step (Gflop, GB), and number of pairs.
+
+    Counted on fake tensors, on the function of the single graph: nothing is computed twice.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
     from .neighbors import find_candidates
@@ -303,16 +310,48 @@ def _count(calculator: Any, atoms: ase.Atoms) -> tuple[float, int]:
     state = potential.head("water")
     inputs = potential.inputs([atoms], [find_candidates(atoms, state.model.rcut)], state)
     layouts, _ = state.model.layouts(inputs)
-    with FlopCounterMode(display=False) as counter:
+    traffic = _Traffic()
+    with FakeTensorMode() as fake, FlopCounterMode(display=False) as counter, traffic:
         for layout in layouts:
-            state.graph.function(*layout.displacements, *layout.tensors, *state.weights[layout.group])
-    return counter.get_total_flops() / 1e9, int(inputs.centers.shape[0])
+            data = (*layout.displacements, *layout.tensors, *state.weights[layout.group])
+            state.graph.function(*map(fake.from_tensor, data))
+    return counter.get_total_flops() / 1e9, traffic.n_bytes / 1e9, int(inputs.centers.shape[0])
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts what matrix products read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.n_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _PRODUCTS:
+            tensors = [x for x in (*args, result) if isinstance(x, torch.Tensor)]
+            self.n_bytes += sum(x.numel() * x.element_size() for x in tensors)
+        return result
+
+
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm)
+
+
+def _copy_gbytes(device: Any) -> float:
+    """Rate of a large copy, GB/s, read and written bytes together."""
+    source = torch.rand(2**26, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        float(target.copy_(source)[0])
+        seconds.append(time.perf_counter() - began)
+    return 2e-9 * source.numel() * source.element_size() / min(seconds)
 
 
 def _matmul_gflops(device: Any, architecture: str) -> float:
     """Rate of a large matrix product in the precision of the descriptor, Gflop/s."""
-    import torch
-
     dtype = getattr(torch, ARCHITECTURES[architecture]["descriptor"]["precision"])
     n = 2048
     a = torch.rand(n, n, dtype=dtype, device=device)

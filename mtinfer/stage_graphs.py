@@ -87,7 +87,7 @@ class _Stage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pair: _Pair, fixed: Tensors, weights: Tensors, *varied: Tensor) -> Tensors:
         ctx.pair, ctx.weights, ctx.n_varied = pair, weights, len(varied)
-        varied = tuple(array.contiguous() for array in varied)
+        varied, fixed = (tuple(array.contiguous() for array in data) for data in (varied, fixed))
         ctx.save_for_backward(*varied, *fixed)
         return pair.value((*varied, *fixed), weights)
 

@@ -17,8 +17,9 @@ from .dpa1 import DPA1
 from .environment import Environment, TypeEmbedding
 from .gather import Index, lookup
 from .layers import Weights, precision, required
-from .layout import Argument, Block, Layout, Padding, Pairs, Selection, far_away
-from .repformer import Repformer, RepformerOptions
+from .layout import EMPTY_BEYOND, Argument, Block, Layout, Padding, Pairs, Selection, far_away, ragged_take
+from .repformer import BLOCK, Division, Repformer, RepformerOptions
+from .stage import Call, Tensors, directly, joined
 from .three_body import ThreeBody
 
 #: keys of section `repinit` that have a default in the format
@@ -38,8 +39,13 @@ _REPINIT_DEFAULTS = {
 }
 
 
-#: graph arguments of `DPA1`
+#: graph arguments of `DPA1`, and the place of the pair types (n, m) among them
 _N_REPINIT = 5
+_PAIR_TYPES = 1
+#: entries of the attention maps of all layers that one graph may keep; about 50 bytes of memory each
+_LARGE = 5e6
+#: pairs of slots that are evaluated together where everything is too much
+_ENTRIES_OF_PART = 80_000
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,8 @@ class DPA2:
         return self.repinit.width + (self.three_body.width if self.three_body is not None else 0)
 
     @property
-    def _is_transformed(self) -> bool:
+    def is_transformed(self) -> bool:
+        """Whether a linear map stands between the first stage and the repformer."""
         return self._width_before_transform != self.repformer.options.g1_dim
 
     def parameters(self) -> dict[str, ParameterSpec]:
@@ -141,7 +148,7 @@ class DPA2:
         specs = self.repinit.parameters() | self.repformer.parameters()
         if self.three_body is not None:
             specs |= self.three_body.parameters()
-        if self._is_transformed:
+        if self.is_transformed:
             shape = (self._width_before_transform, g1_dim)
             specs["descriptor.g1_shape_tranform.w"] = ParameterSpec(shape, self.dtype)
         if self.add_type_to_repinit:
@@ -156,7 +163,7 @@ class DPA2:
         prepared |= self.repformer.prepare(weights)
         if self.three_body is not None:
             prepared |= self.three_body.prepare(weights, embedding)
-        if self._is_transformed:
+        if self.is_transformed:
             prepared["descriptor.g1_shape_tranform.w"] = weights["descriptor.g1_shape_tranform.w"]
         if self.add_type_to_repinit:
             prepared["descriptor.type_shift"] = embedding @ weights["descriptor.tebd_transform.w"]
@@ -179,11 +186,19 @@ class DPA2:
         return displacements, tensors
 
     def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]:
-        """One call for all centres, whatever `split`: a padded neighbour matrix per block."""
-        atoms = torch.arange(inputs.n_atoms, device=inputs.types.device)
+        """One call for all centres: a padded neighbour matrix per block.
+
+        With `split` the centres come in the order of their number of neighbours in the repformer, so that
+        parts (`in_parts`) have few empty slots.
+        """
+        n_near = torch.bincount(pairs.inner[0].centers, minlength=inputs.n_atoms)
+        atoms = torch.argsort(n_near, stable=True) if split else torch.arange(inputs.n_atoms).to(n_near)
+        row = torch.empty_like(atoms)
+        row[atoms] = torch.arange(inputs.n_atoms).to(atoms)
         counts = torch.bincount(pairs.centers, minlength=inputs.n_atoms)
         layout = self.repinit.layout(inputs, pairs, counts, atoms)
         layout, neighbors = _extended(layout, inputs, pairs.inner[0], self.repformer.environment.rcut)
+        neighbors = row[neighbors]
         tensors = [*layout.tensors, neighbors, *Index.of(neighbors.flatten(), inputs.n_atoms)[1:]]
         if self.can_overflow:
             tensors.append(self.repformer.saturated(layout.displacements[1]))
@@ -209,21 +224,94 @@ class DPA2:
         -------
         descriptor, shape (n, width), and types, shape (n,)
         """
-        vectors = [array.to(self.dtype) for array in displacements]
-        own, (neighbors, order, starts, *rest) = tensors[:_N_REPINIT], tensors[_N_REPINIT:]
-        saturated = rest.pop(0) if self.can_overflow else None
-        g1, types = self.repinit((vectors[0],), own, weights)
-        if self.three_body is not None:
-            g1 = torch.cat([g1, self.three_body(types, vectors[2], rest[0], weights)], dim=1)
-        if self._is_transformed:
-            g1 = g1 @ weights["descriptor.g1_shape_tranform.w"]
-        if self.add_type_to_repinit:
-            g1 = g1 + lookup(weights["descriptor.type_shift"], types)
-        index = Index(neighbors.flatten(), order, starts)
-        g1 = self.repformer(g1, types, vectors[1], index, saturated, weights)
+        division = Division(None, (tensors[_N_REPINIT : _N_REPINIT + 3],))
+        return self._evaluate(displacements, tensors, division, weights, directly)
+
+    def is_large(self, layout: Layout) -> bool:
+        """Whether what all layers keep for the derivative is too much for one call of the graph."""
+        o = self.repformer.options
+        n, m, _ = layout.displacements[1].shape
+        return n * m * m * o.attn2_nhead * o.nlayers > _LARGE
+
+    def in_parts(
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """Do what `__call__` does layer after layer, and in a layer some centres after the others."""
+        n_filled = _n_filled(displacements[1], self.repformer.environment.rcut)
+        division = Division.of(tensors[_N_REPINIT], n_filled, _ENTRIES_OF_PART)
+        return self._evaluate(displacements, tensors, division, weights, call)
+
+    def _evaluate(
+        self,
+        displacements: tuple[Tensor, ...],
+        tensors: tuple[Tensor, ...],
+        division: Division,
+        weights: Weights,
+        call: Call,
+    ) -> tuple[Tensor, Tensor]:
+        far, near, *of_pairs = (array.to(self.dtype) for array in displacements)
+        own, further = tensors[:_N_REPINIT], list(tensors[_N_REPINIT + 3 :])
+        saturated = further.pop(0) if self.can_overflow else None
+        before = BeforeRepformer(self)
+        mine = {name: weights[name] for name in weights if before.reads(name)}
+        varied = zip(*map(division.of_centers, (far, *of_pairs)), strict=True)
+        fixed = zip(*map(division.of_centers, (*own, *further)), strict=True)
+        parts = list(zip(varied, fixed, strict=True))
+        if division.sizes is not None:
+            parts = [before.without_empty_slots(*part) for part in parts]
+        g1 = joined([call(before, *part, mine)[0] for part in parts])
+        types = tensors[0]
+        g1 = self.repformer(g1, types, near, division, saturated, weights, call)
         if self.concat_output_tebd:
             g1 = torch.cat([g1, lookup(weights["descriptor.type_embedding"], types)], dim=1)
         return g1, types
+
+
+@dataclass(frozen=True)
+class BeforeRepformer:
+    """Stage that makes the first node features; no centre needs another one."""
+
+    model: DPA2
+
+    def arguments(self) -> tuple[list[Argument], list[Argument]]:
+        """Those of `DPA1`; further the displacements and types of the three-body block."""
+        displacements, tensors = self.model.repinit.arguments()
+        if self.model.three_body is not None:
+            displacements.append(Argument(("atoms", "slots of pairs", 3)))
+            tensors.append(Argument(("atoms", "slots of pairs"), torch.int64))
+        return [replace(argument, dtype=self.model.dtype) for argument in displacements], tensors
+
+    def outputs(self) -> list[Argument]:
+        """g1 before its first activation."""
+        return [Argument(("atoms", self.model.repformer.options.g1_dim), self.model.dtype)]
+
+    def reads(self, name: str) -> bool:
+        """Whether it reads the weight of this name."""
+        return name.startswith("descriptor.") and not name.startswith(BLOCK)
+
+    def without_empty_slots(self, varied: Tensors, fixed: Tensors) -> tuple[Tensors, Tensors]:
+        """Arguments with as many slots as the centres fill at most."""
+        (far, *of_pairs), own, further = varied, list(fixed[:_N_REPINIT]), fixed[_N_REPINIT:]
+        width = _width(far, self.model.rcut)
+        own[_PAIR_TYPES] = own[_PAIR_TYPES][:, :width]
+        far = far[:, :width]
+        if self.model.three_body is not None:
+            width = _width(of_pairs[0], self.model.three_body.environment.rcut)
+            of_pairs, further = [of_pairs[0][:, :width]], (further[0][:, :width],)
+        return (far, *of_pairs), (*own, *further)
+
+    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights) -> Tensors:
+        """Evaluate on weights as `DPA2.prepare` makes them."""
+        (far, *of_pairs), own, further = varied, fixed[:_N_REPINIT], fixed[_N_REPINIT:]
+        model = self.model
+        g1, types = model.repinit((far,), own, weights)
+        if model.three_body is not None:
+            g1 = torch.cat([g1, model.three_body(types, of_pairs[0], further[0], weights)], dim=1)
+        if model.is_transformed:
+            g1 = g1 @ weights["descriptor.g1_shape_tranform.w"]
+        if model.add_type_to_repinit:
+            g1 = g1 + lookup(weights["descriptor.type_shift"], types)
+        return (g1,)
 
 
 def _repinit(
@@ -278,11 +366,22 @@ def _extended(layout: Layout, inputs: GraphInputs, pairs: Pairs, rcut: float) ->
 
     Empty slots name the first atom.
     """
-    padding = Padding.of(torch.bincount(pairs.centers, minlength=inputs.n_atoms))
-    vectors = inputs.displacements[pairs.edges]
+    counts = torch.bincount(pairs.centers, minlength=inputs.n_atoms)
+    own = ragged_take(counts, layout.atoms)
+    padding, edges = Padding.of(counts[layout.atoms]), pairs.edges[own]
+    vectors = inputs.displacements[edges]
     layout = replace(
         layout,
         displacements=(*layout.displacements, padding(vectors, far_away(vectors, rcut))),
-        blocks=(*layout.blocks, Block(padding.slots, pairs.edges)),
+        blocks=(*layout.blocks, Block(padding.slots, edges)),
     )
-    return layout, padding(pairs.neighbors, 0)
+    return layout, padding(pairs.neighbors[own], 0)
+
+
+def _n_filled(displacements: Tensor, rcut: float) -> Tensor:
+    """Leading slots that hold a neighbour, shape (n, m, 3) -> (n,)."""
+    return (displacements[..., 0] < EMPTY_BEYOND * rcut).sum(1)
+
+
+def _width(displacements: Tensor, rcut: float) -> int:
+    return max(1, int(_n_filled(displacements, rcut).max()))

@@ -21,7 +21,7 @@ from .gather import Index, gather, settled
 from .layers import Weights, activation, safe_norm, switch
 from .layout import Argument
 from .repflow_layer import Lists, RepflowLayer, Surroundings
-from .stage import Call, Tensors, joined, pieces
+from .stage import Call, Nearby, Tensors, joined, pieces
 
 BLOCK = "descriptor.repflows"
 _GEOMETRY = f"{BLOCK}.geometry."
@@ -116,9 +116,8 @@ class Division:
 
     #: of each part
     lists: tuple[Lists, ...]
-    #: atoms that are near the centres of each part, part after part; None where one part sees all atoms
-    nearby: Index | None = None
-    n_nearby: tuple[int, ...] = ()
+    #: None where one part sees all atoms
+    nearby: Nearby | None = None
 
     @classmethod
     def of(cls, lists: Lists, n_entries: int) -> Division:
@@ -138,22 +137,22 @@ class Division:
         sizes = torch.unique_consecutive(group, return_counts=True)[1]
         bounds = torch.cat([sizes.new_zeros(1), torch.cumsum(sizes, 0)])
         marks = torch.stack([bounds, edges[bounds], near[bounds], angles[bounds]], dim=1).tolist()
-        parts, nearby = [], []
-        for (a, e, m, g), (a_end, e_end, m_end, g_end) in itertools.pairwise(marks):
-            near_atoms, neighbors = torch.unique(lists.neighbors.rows[e:e_end], return_inverse=True)
-            nearby.append(near_atoms)
-            parts.append(
-                Lists(
-                    centers=_cut(lists.centers, slice(e, e_end), slice(a, a_end), a, e),
-                    neighbors=Index.of(neighbors, near_atoms.shape[0]),
-                    near=_cut(lists.near, slice(m, m_end), slice(e, e_end), e, m),
-                    near_centers=_cut(lists.near_centers, slice(m, m_end), slice(a, a_end), a, m),
-                    first=_cut(lists.first, slice(g, g_end), slice(m, m_end), m, g),
-                    second=_cut(lists.second, slice(g, g_end), slice(m, m_end), m, g),
-                )
+        of_parts = lists.neighbors.rows.split((edges[bounds[1:]] - edges[bounds[:-1]]).tolist())
+        nearby, neighbors = Nearby.of(of_parts, n_atoms)
+        parts = [
+            Lists(
+                centers=_cut(lists.centers, slice(e, e_end), slice(a, a_end), a, e),
+                neighbors=own,
+                near=_cut(lists.near, slice(m, m_end), slice(e, e_end), e, m),
+                near_centers=_cut(lists.near_centers, slice(m, m_end), slice(a, a_end), a, m),
+                first=_cut(lists.first, slice(g, g_end), slice(m, m_end), m, g),
+                second=_cut(lists.second, slice(g, g_end), slice(m, m_end), m, g),
             )
-        seen = Index.of(torch.cat(nearby), n_atoms)
-        return cls(tuple(parts), seen, tuple(atoms.shape[0] for atoms in nearby))
+            for own, ((a, e, m, g), (a_end, e_end, m_end, g_end)) in zip(
+                neighbors, itertools.pairwise(marks), strict=True
+            )
+        ]
+        return cls(tuple(parts), nearby)
 
     def of_centers(self, x: Tensor) -> Sequence[Tensor]:
         """Rows of atoms, by part: those of the centres."""
@@ -165,7 +164,7 @@ class Division:
 
     def of_nearby(self, x: Tensor) -> Sequence[Tensor]:
         """Rows of atoms, by part: those of all that are near the centres."""
-        return [x] if self.nearby is None else pieces(gather(x, self.nearby), self.n_nearby)
+        return [x] if self.nearby is None else self.nearby(x)
 
 
 def _ends(starts: Tensor, n: int) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -23,8 +23,11 @@ from .environment import Environment, statistics, statistics_parameters
 from .fading_softmax import SHIFT, fading_softmax, saturated_slots, slot_occupancy
 from .gather import Index, gather, settled
 from .layers import Weights, activation, required, row_sum, safe_norm, switch
+from .layout import Argument
+from .stage import Call, Nearby, Tensors, joined, pieces
 
-_BLOCK = "descriptor.repformers"
+BLOCK = "descriptor.repformers"
+_GEOMETRY = f"{BLOCK}.geometry."
 _STYLES = ("res_avg", "res_incr", "res_residual")
 
 
@@ -82,14 +85,56 @@ class RepformerOptions:
 
 
 @dataclass(frozen=True)
-class _Edges:
-    """What all layers know of the neighbour slots of each centre; n centres, m slots."""
+class Division:
+    """Centres in parts: one part of all, or some centres after the others."""
 
-    #: atom in each of the n·m slots
-    neighbors: Index
-    #: (n, m, 1), 1 where a slot holds a neighbour
-    mask: Tensor
-    #: (n, m, 1), weight of a slot in a sum: the switch, or `mask` where the model is not smooth
+    #: centres of each part, and slots that they fill at most; None where one part holds all
+    sizes: tuple[tuple[int, int], ...] | None
+    #: `Index` of the slots of each part among the atoms near it; its first member as (n, m)
+    neighbors: tuple[Tensors, ...]
+    #: None where one part sees all atoms
+    nearby: Nearby | None = None
+
+    @classmethod
+    def of(cls, neighbors: Tensor, n_filled: Tensor, n_entries: int) -> Division:
+        """Divide the centres into parts of about `n_entries` pairs of slots.
+
+        Parameters
+        ----------
+        neighbors
+            shape (n, m), the atom in each slot.
+        n_filled
+            shape (n,), leading slots that hold a neighbour; parts are narrowest where it ascends.
+        """
+        pairs = torch.cumsum(n_filled.clamp(min=1) ** 2, 0)
+        counts = torch.unique_consecutive((pairs - 1) // n_entries, return_counts=True)[1].tolist()
+        widths = [max(1, int(filled.max())) for filled in n_filled.split(counts)]
+        sizes = tuple(zip(counts, widths, strict=True))
+        rows = [part[:, :m].flatten() for part, m in zip(neighbors.split(counts), widths, strict=True)]
+        nearby, own = Nearby.of(rows, neighbors.shape[0])
+        shaped = ((index.rows.reshape(size), *index[1:]) for index, size in zip(own, sizes, strict=True))
+        return cls(sizes, tuple(shaped), nearby)
+
+    def of_centers(self, x: Tensor) -> Sequence[Tensor]:
+        """Rows of atoms, by part: those of the centres."""
+        return [x] if self.sizes is None else pieces(x, [count for count, _ in self.sizes])
+
+    def of_slots(self, x: Tensor) -> Sequence[Tensor]:
+        """Shape (n, m, ...), by part: slots that some centre of the part fills."""
+        if self.sizes is None:
+            return [x]
+        widths = (width for _, width in self.sizes)
+        return [part[:, :width] for part, width in zip(self.of_centers(x), widths, strict=True)]
+
+    def of_nearby(self, x: Tensor) -> Sequence[Tensor]:
+        """Rows of atoms, by part: those of all that are near the centres."""
+        return [x] if self.nearby is None else self.nearby(x)
+
+
+class _Edges(NamedTuple):
+    """What a layer knows of the neighbour slots of each centre; n centres, m slots."""
+
+    #: (n, m, 1), weight of a slot in a sum: the switch, or 1 where a slot holds a neighbour and 0 elsewhere
     weight: Tensor
     #: (n, 1, 1) or a number: factor on moments, and on means
     per_moment: Tensor | float
@@ -127,7 +172,8 @@ class Repformer:
         return k < self.options.nlayers - 1
 
     @property
-    def _edge_attention(self) -> bool:
+    def has_edge_attention(self) -> bool:
+        """Whether slots attend to slots."""
         return self.options.update_g2_has_attn or self.options.update_h2
 
     def _layer_shapes(self, k: int) -> dict[str, tuple[int, ...]]:
@@ -150,7 +196,7 @@ class Repformer:
             (o.update_g1_has_attn, "loc_attn.head_map", (d1 * nh1, d1), True),
             (edges, "linear2", (d2, d2), True),
             (edges and o.update_g2_has_g1g1, "proj_g1g1g2", (d1, d2), False),
-            (edges and self._edge_attention, "attn2g_map.mapqk", (d2, 2 * o.attn2_hidden * nh2), False),
+            (edges and self.has_edge_attention, "attn2g_map.mapqk", (d2, 2 * o.attn2_hidden * nh2), False),
             (edges and o.update_g2_has_attn, "attn2_mh_apply.mapv", (d2, d2 * nh2), False),
             (edges and o.update_g2_has_attn, "attn2_mh_apply.head_map", (d2 * nh2, d2), True),
             (edges and o.update_h2, "attn2_ev_apply.head_map", (nh2, 1), False),
@@ -171,21 +217,21 @@ class Repformer:
     def parameters(self) -> dict[str, ParameterSpec]:
         """Return name -> shape and dtype of every weight."""
         shapes = {
-            f"{_BLOCK}.g2_embd.w": (1, self.options.g2_dim),
-            f"{_BLOCK}.g2_embd.b": (self.options.g2_dim,),
+            f"{BLOCK}.g2_embd.w": (1, self.options.g2_dim),
+            f"{BLOCK}.g2_embd.b": (self.options.g2_dim,),
         }
         for k in range(self.options.nlayers):
-            shapes |= {f"{_BLOCK}.layers.{k}.{name}": s for name, s in self._layer_shapes(k).items()}
+            shapes |= {f"{BLOCK}.layers.{k}.{name}": s for name, s in self._layer_shapes(k).items()}
         specs = {name: ParameterSpec(shape, self.dtype) for name, shape in shapes.items()}
-        return specs | statistics_parameters(_BLOCK, self.n_types, self.options.nsel, self.dtype)
+        return specs | statistics_parameters(BLOCK, self.n_types, self.options.nsel, self.dtype)
 
     def prepare(self, weights: Weights) -> dict[str, Tensor]:
         """Weights for the graph, products of maps multiplied out."""
-        mean, stddev = statistics(weights, _BLOCK)
-        prepared = {f"{_BLOCK}.mean": mean, f"{_BLOCK}.stddev": stddev}
-        prepared |= {f"{_BLOCK}.g2_embd.{leaf}": weights[f"{_BLOCK}.g2_embd.{leaf}"] for leaf in "wb"}
+        mean, stddev = statistics(weights, BLOCK)
+        prepared = {f"{_GEOMETRY}mean": mean, f"{_GEOMETRY}stddev": stddev}
+        prepared |= {f"{_GEOMETRY}g2_embd.{leaf}": weights[f"{BLOCK}.g2_embd.{leaf}"] for leaf in "wb"}
         for k in range(self.options.nlayers):
-            layer = f"{_BLOCK}.layers.{k}"
+            layer = f"{BLOCK}.layers.{k}"
             own = {name: weights[f"{layer}.{name}"] for name in self._layer_shapes(k)}
             prepared |= {f"{layer}.{name}": tensor for name, tensor in self._multiplied_out(own).items()}
         return prepared
@@ -225,9 +271,10 @@ class Repformer:
         g1: Tensor,
         types: Tensor,
         displacements: Tensor,
-        neighbors: Index,
+        division: Division,
         saturated: Tensor | None,
         weights: Weights,
+        call: Call,
     ) -> Tensor:
         """Node features after all layers.
 
@@ -239,8 +286,6 @@ class Repformer:
             shape (n,).
         displacements
             shape (n, m, 3), Å; empty slots as `layout.far_away` makes them.
-        neighbors
-            the atom in each of the n·m slots, any atom in an empty one.
         saturated
             shape (n, m), as `saturated_slots` makes it; None where no centre has too many neighbours.
 
@@ -248,27 +293,25 @@ class Repformer:
         -------
         shape (n, g1_dim)
         """
-        o = self.options
-        act = activation(o.activation_function)
-        rows, w, mask = self.environment.rows(
-            displacements,
-            weights[f"{_BLOCK}.mean"][types].unsqueeze(1),
-            weights[f"{_BLOCK}.stddev"][types].unsqueeze(1),
-        )
-        rows, w = settled(rows), settled(w)
-        if o.direct_dist:
-            scaled = displacements * (mask / o.rcut)
-            distance, h2 = safe_norm(scaled), scaled
-        else:
-            distance, h2 = torch.split(rows, [1, 3], dim=-1)
-        edges = self._edges(w, mask, neighbors, saturated)
-        g1 = act(g1)
-        g2 = act(distance * weights[f"{_BLOCK}.g2_embd.w"][0] + weights[f"{_BLOCK}.g2_embd.b"])
-        pairs = None
-        for k in range(o.nlayers):
-            if self._edge_attention and self._edge_updates(k) and (pairs is None or o.update_h2):
-                pairs = self._pairs(h2, edges)
-            g1, g2, h2 = self._layer(k, g1, g2, h2, edges, pairs, weights)
+        geometry = RepformerGeometry(self, has_occupancy=saturated is not None)
+        own = _named(weights, _GEOMETRY)
+        given = [division.of_slots(displacements), division.of_centers(types)]
+        if saturated is not None:
+            given.append(division.of_slots(saturated))
+        edges = [
+            call(geometry, (vectors,), tuple(fixed), own) for vectors, *fixed in zip(*given, strict=True)
+        ]
+        g1 = activation(self.options.activation_function)(g1)
+        for k in range(self.options.nlayers):
+            layer = RepformerLayer(self, self._edge_updates(k), has_occupancy=saturated is not None)
+            own = _named(weights, f"{BLOCK}.layers.{k}.")
+            of_g1 = division.of_centers(g1), division.of_nearby(g1)
+            new = [
+                call(layer, (mine, near, *rest), index, own)
+                for mine, near, rest, index in zip(*of_g1, edges, division.neighbors, strict=True)
+            ]
+            g1 = joined([part[0] for part in new])
+            edges = [(*part[1:], *old[len(part) - 1 :]) for part, old in zip(new, edges, strict=True)]
         return g1
 
     def saturated(self, displacements: Tensor) -> Tensor:
@@ -276,37 +319,104 @@ class Repformer:
         r = torch.linalg.vector_norm(displacements, dim=-1)
         return saturated_slots(switch(r, self.options.rcut_smth, self.options.rcut), self.options.nsel)
 
-    def _edges(self, w: Tensor, mask: Tensor, neighbors: Index, saturated: Tensor | None) -> _Edges:
+
+def _named(weights: Weights, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class RepformerGeometry:
+    """Stage before the layers: g2 and h2 of every slot, and what stays the same in all layers."""
+
+    block: Repformer
+    has_occupancy: bool
+
+    def arguments(self) -> tuple[list[Argument], list[Argument]]:
+        """Displacements (n, m, 3), Å; types (n,), saturated slots (n, m)."""
+        fixed = [Argument(("atoms",), torch.int64)]
+        if self.has_occupancy:
+            fixed.append(Argument(("atoms", "slots"), torch.bool))
+        return [Argument(("atoms", "slots", 3), self.block.dtype)], fixed
+
+    def outputs(self) -> list[Argument]:
+        """g2 (n, m, g2_dim), h2 (n, m, 3), weight (n, m, 1), occupancy (n, 1, m)."""
+        widths = (self.block.options.g2_dim, 3, 1)
+        declared = [Argument(("atoms", "slots", width), self.block.dtype) for width in widths]
+        if self.has_occupancy:
+            declared.append(Argument(("atoms", 1, "slots"), self.block.dtype))
+        return declared
+
+    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights) -> Tensors:
+        """Evaluate on weights as `Repformer.prepare` makes them (names without the prefix)."""
+        o = self.block.options
+        (displacements,), (types, *saturated) = varied, fixed
+        mean, stddev = (weights[name][types].unsqueeze(1) for name in ("mean", "stddev"))
+        rows, w, mask = self.block.environment.rows(displacements, mean, stddev)
+        rows, w = settled(rows), settled(w)
+        if o.direct_dist:
+            scaled = displacements * (mask / o.rcut)
+            distance, h2 = safe_norm(scaled), scaled
+        else:
+            distance, h2 = torch.split(rows, [1, 3], dim=-1)
+        g2 = distance * weights["g2_embd.w"][0] + weights["g2_embd.b"]
+        occupancy = [slot_occupancy(w.squeeze(2), slots, o.nsel).unsqueeze(1) for slots in saturated]
+        weight = w if self.block.smooth else mask
+        return activation(o.activation_function)(g2), h2, weight, *occupancy
+
+
+@dataclass(frozen=True)
+class RepformerLayer:
+    """One layer for some centres, on weights as `Repformer.prepare` makes them (names without the prefix)."""
+
+    block: Repformer
+    updates_edges: bool
+    has_occupancy: bool
+
+    @property
+    def options(self) -> RepformerOptions:
+        return self.block.options
+
+    @property
+    def smooth(self) -> bool:
+        return self.block.smooth
+
+    def arguments(self) -> tuple[list[Argument], list[Argument]]:
+        """g1 of the centres and of atoms near them, outputs of `RepformerGeometry`; `Index` of the slots."""
+        width, dtype = self.options.g1_dim, self.block.dtype
+        g1 = [Argument(("atoms", width), dtype), Argument(("nearby", width), dtype)]
+        axes: list[tuple[str, ...]] = [("atoms", "slots"), ("slots of all atoms",), ("nearby",)]
+        index = [Argument(shape, torch.int64) for shape in axes]
+        return g1 + RepformerGeometry(self.block, self.has_occupancy).outputs(), index
+
+    def outputs(self) -> list[Argument]:
+        """g1; what is updated of g2 and h2."""
+        g1 = Argument(("atoms", self.options.g1_dim), self.block.dtype)
+        n_updated = (1 + self.options.update_h2) if self.updates_edges else 0
+        return [g1, *RepformerGeometry(self.block, self.has_occupancy).outputs()[:n_updated]]
+
+    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights) -> Tensors:
+        """New g1, g2 and h2, all from the old ones."""
+        g1, nearby, g2, h2, weight, *occupancy = varied
+        neighbors, order, starts = fixed
+        edges = self._edges(weight, *occupancy)
+        g1_j = gather(nearby, Index(neighbors.flatten(), order, starts)).unflatten(0, neighbors.shape)
+        new_g1 = self._update("g1", g1, self._g1_terms(g1, g1_j, g2, h2, edges, weights), weights)
+        if not self.updates_edges:
+            return (new_g1,)
+        pairs = self._pairs(h2, edges) if self.block.has_edge_attention else None
+        g2_terms, h2_terms = self._edge_terms(g1, g1_j, g2, h2, edges, pairs, weights)
+        new = (new_g1, self._update("g2", g2, g2_terms, weights))
+        return (*new, self._update("h2", h2, h2_terms, weights)) if self.options.update_h2 else new
+
+    def _edges(self, weight: Tensor, occupancy: Tensor | None = None) -> _Edges:
         o = self.options
-        occupancy = None
-        if saturated is not None:
-            occupancy = slot_occupancy(w.squeeze(2), saturated, o.nsel).unsqueeze(1)
         if self.smooth:
             per_moment = o.nsel**-0.5 if o.use_sqrt_nnei else 1.0 / o.nsel
-            return _Edges(neighbors, mask, w, per_moment, 1.0 / o.nsel, occupancy)
-        count = mask.sum(1, keepdim=True)
+            return _Edges(weight, per_moment, 1.0 / o.nsel, occupancy)
+        count = weight.sum(1, keepdim=True)
         per_neighbor = 1.0 / (1e-4 + count)
-        per_moment = 1.0 / (1e-4 + torch.sqrt(count)) if o.use_sqrt_nnei else per_neighbor
-        return _Edges(neighbors, mask, mask, per_moment, per_neighbor, occupancy)
-
-    def _layer(
-        self,
-        k: int,
-        g1: Tensor,
-        g2: Tensor,
-        h2: Tensor,
-        edges: _Edges,
-        pairs: _Pairs | None,
-        weights: Weights,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        prefix = f"{_BLOCK}.layers.{k}."
-        own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-        g1_j = gather(g1, edges.neighbors).unflatten(0, edges.mask.shape[:2])
-        new_g1 = self._update("g1", g1, self._g1_terms(g1, g1_j, g2, h2, edges, own), own)
-        if not self._edge_updates(k):
-            return new_g1, g2, h2
-        g2_terms, h2_terms = self._edge_terms(g1, g1_j, g2, h2, edges, pairs, own)
-        return new_g1, self._update("g2", g2, g2_terms, own), self._update("h2", h2, h2_terms, own)
+        of_moment = 1.0 / (1e-4 + torch.sqrt(count)) if o.use_sqrt_nnei else per_neighbor
+        return _Edges(weight, of_moment, per_neighbor, occupancy)
 
     def _update(self, name: str, old: Tensor, terms: Sequence[Tensor], own: Weights) -> Tensor:
         style = self.options.update_style

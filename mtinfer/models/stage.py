@@ -8,11 +8,13 @@ the stages; the rest is computed a second time, part by part.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .gather import Index, gather
 from .layers import Weights
 from .layout import Argument
 
@@ -57,3 +59,23 @@ def pieces(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Rows of all parts."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+@dataclass(frozen=True)
+class Nearby:
+    """Atoms that are near the centres of each part, part after part."""
+
+    index: Index
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, neighbors: Sequence[Tensor], n_atoms: int) -> tuple[Nearby, list[Index]]:
+        """From the neighbours of each part; also return their places among the atoms near that part."""
+        atoms, places = zip(*(torch.unique(rows, return_inverse=True) for rows in neighbors), strict=True)
+        sizes = tuple(rows.shape[0] for rows in atoms)
+        nearby = cls(Index.of(torch.cat(atoms), n_atoms), sizes)
+        return nearby, [Index.of(rows, size) for rows, size in zip(places, sizes, strict=True)]
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """Rows of all atoms -> rows of the atoms near each part."""
+        return pieces(gather(x, self.index), self.sizes)

@@ -1,0 +1,86 @@
+"""Large structures of DPA-2 and DPA-3, evaluated stage by stage and part by part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference_files import DATA, WITH_NUMBERS, cases, expected
+
+import mtinfer
+from mtinfer import Potential, Prediction
+from mtinfer.potential import PredictionWarning
+from mtinfer.testing import precision
+
+#: largest difference of energies, atomic energies, forces and virials
+ACCEPTED = {torch.float64: 1e-9, torch.float32: 2e-4}
+FILES = [path for path in WITH_NUMBERS if path.stem.startswith(("dpa2", "dpa3"))]
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{PredictionWarning.__module__}.PredictionWarning")
+
+
+def in_small_parts(monkeypatch: pytest.MonkeyPatch, n_entries: int = 1000) -> None:
+    for name in ("dpa2", "dpa3"):
+        monkeypatch.setattr(f"mtinfer.models.{name}._LARGE", -1)
+        monkeypatch.setattr(f"mtinfer.models.{name}._ENTRIES_OF_PART", n_entries)
+
+
+def predictions(potential: Potential, path: Path, head: str) -> list[Prediction]:
+    """Of all structures in one batch, and of the first one alone."""
+    structures = [atoms for atoms, _ in expected(path, head)]
+    return [*potential.evaluate(structures, head), potential.evaluate(structures[0], head)]
+
+
+def require_same(potential: Potential, head: str, got: list[Prediction], wanted: list[Prediction]) -> None:
+    accepted = ACCEPTED[precision(potential.head(head))]
+    for mine, theirs in zip(got, wanted, strict=True):
+        for name in ("energy", "atom_energy", "forces", "virial"):
+            value = getattr(theirs, name)
+            scale = max(1.0, float(np.abs(value).max()))
+            np.testing.assert_allclose(
+                getattr(mine, name), value, rtol=0, atol=accepted * scale, err_msg=name
+            )
+
+
+@pytest.mark.parametrize(("path", "head"), cases(FILES))
+def test_parts_give_what_one_call_gives(path: Path, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    potential = mtinfer.load(path, device="cpu", compile=False)
+    wanted = predictions(potential, path, head)
+    in_small_parts(monkeypatch)
+    monkeypatch.setattr(potential.head(head).graph, "function", None)  # not called
+    require_same(potential, head, predictions(potential, path, head), wanted)
+    assert potential.head(head).stages.graphs
+
+
+@pytest.mark.parametrize("name", ["dpa2-separate-pt", "dpa3-shared-pt"])
+def test_compiled_stages_serve_all_heads_and_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = DATA / f"reference/checkpoints/{name}.pt"
+    potential = mtinfer.load(path, device="cpu", compile=False)
+    wanted = {head: predictions(potential, path, head) for head in potential.heads}
+    in_small_parts(monkeypatch)
+    potential = mtinfer.load(path, device="cpu", compile="wait")
+    graphs = set()
+    for head in (*potential.heads, *potential.heads):  # first answers are the eager ones of the self-checks
+        require_same(potential, head, predictions(potential, path, head), wanted[head])
+        graphs.add(tuple(map(id, potential.graphs)))
+    whole, *stages = potential.graphs
+    assert len(graphs) == 1
+    assert not whole.is_compiled
+    assert all(graph.is_compiled for graph in stages)
+
+
+def test_parts_are_compiled_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = DATA / "reference/checkpoints/dpa3-shared-pt.pt"
+    in_small_parts(monkeypatch, 10_000)
+    potential = mtinfer.load(path, device="cpu")
+    head = potential.heads[0]
+    wanted = predictions(potential, path, head)
+    for _ in range(3):
+        predictions(potential, path, head)
+    for graph in potential.graphs:
+        graph.join()
+    assert all(graph.is_compiled for graph in potential.graphs[1:])
+    require_same(potential, head, predictions(potential, path, head), wanted)
+    require_same(potential, head, predictions(potential, path, head), wanted)
