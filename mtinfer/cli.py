@@ -262,8 +262,8 @@ def bench(
     """Measure speed and memory on water.
 
     ARCHITECTURES (default: all) have random weights at published sizes. Prints a Markdown table of medians:
-    time per step, atoms·step/s, time over the roofline of its matrix products (operations and bytes), peak memory, time of the
-    first call and number of graphs compiled.
+    time per step, atoms·step/s, time over the roofline of its matrix products (operations and bytes), peak
+    memory, time of the first call and number of graphs compiled.
     """
     from .bench import ARCHITECTURES, measure, measure_deepmd, report
 

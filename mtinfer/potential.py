@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -27,6 +27,7 @@ from .models import EnergyModel, edge_gradients, forces_and_virial
 from .models.layout import Layout
 from .neighbors import Candidates, find_candidates, graph_inputs
 from .stage_graphs import StageGraphs
+from .value_graphs import ValueGraphs
 
 __all__ = ["HeadState", "Potential", "PredictionWarning", "load"]
 
@@ -73,6 +74,7 @@ class Potential:
         self._heads = dict(heads)
         self._refused = dict(refused)
         self._warned: set[str] = set()
+        self._values = ValueGraphs()
         self.device = device
 
     @property
@@ -92,9 +94,10 @@ class Potential:
 
     @property
     def graphs(self) -> list[SharedGraph]:
-        """The graphs of this potential: one per architecture, and those of the stages of large structures."""
+        """One per architecture; and where they were needed those of `energies`, and of stages."""
         shared = {id(state.stages): state.stages for state in self._heads.values()}.values()
-        return [graph for stages in shared for graph in (stages.whole, *stages.graphs)]
+        own = [graph for stages in shared for graph in (stages.whole, *stages.graphs)]
+        return own + self._values.graphs
 
     @property
     def type_map(self) -> tuple[str, ...]:
@@ -203,22 +206,76 @@ class Potential:
         charge_spin: ArrayLike | None = None,
     ) -> GraphInputs:
         """Structures and their candidate pairs as the model takes them; see `evaluate` for the parameters."""
-        fitting = state.model.fitting
-        per_frame = [_fparam(structure, fparam, state) for structure in structures]
-        per_atom = [_aparam(structure, aparam, fitting.numb_aparam) for structure in structures]
+        fparam, aparam = self._parameters(structures, state, fparam, aparam)
         charges = [_charge_spin(structure, charge_spin, state) for structure in structures]
         return graph_inputs(
             structures,
             candidates,
             [self._types(structure, state) for structure in structures],
             state.model.rcut,
-            fparam=torch.from_numpy(np.stack(per_frame)).to(self.device),
-            aparam=torch.from_numpy(np.concatenate(per_atom)).to(self.device),
+            fparam=fparam,
+            aparam=aparam,
             charge_spin=torch.from_numpy(np.stack(charges)).to(self.device),
         )
 
-    def predict(self, inputs: GraphInputs, state: HeadState) -> list[Prediction]:
-        """Evaluate a head on prepared inputs, one prediction per structure."""
+    def _parameters(
+        self,
+        structures: Sequence[ase.Atoms],
+        state: HeadState,
+        fparam: ArrayLike | None = None,
+        aparam: ArrayLike | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the fitting net reads beside the descriptor: `fparam` and `aparam` of `GraphInputs`."""
+        per_frame = [_fparam(structure, fparam, state) for structure in structures]
+        numb_aparam = state.model.fitting.numb_aparam
+        per_atom = [_aparam(structure, aparam, numb_aparam) for structure in structures]
+        return (
+            torch.from_numpy(np.stack(per_frame)).to(self.device),
+            torch.from_numpy(np.concatenate(per_atom)).to(self.device),
+        )
+
+    def energies(
+        self, atoms: Sequence[ase.Atoms], heads: Sequence[str] | None = None
+    ) -> dict[str, NDArray[np.float64]]:
+        """Energies alone, of several heads at once; heads with the same descriptor evaluate it once.
+
+        For comparing heads and for screening: K heads cost one descriptor without derivatives, and K fitting
+        nets.
+
+        Parameters
+        ----------
+        atoms
+            structures of any sizes; their parameters are read as `evaluate` reads them.
+        heads
+            names or aliases; default: all heads.
+
+        Returns
+        -------
+        name of the head -> shape (n_structures,), eV
+
+        Raises
+        ------
+        StructureError, UnknownHeadError, UnsupportedModelError
+            As `evaluate` and `head` do.
+        """
+        structures = list(atoms)
+        states = [self.head(name) for name in (self.heads if heads is None else heads)]
+        energies = {state.name: np.zeros(len(structures)) for state in states}
+        for family in self._values.families(states) if structures else ():
+            first = family[0]
+            candidates = [find_candidates(structure, first.model.rcut) for structure in structures]
+            inputs = self.inputs(structures, candidates, first)
+            layouts = self._layouts(inputs, first)
+            described = self._values.describe(layouts, first)
+            for state in family:
+                for structure in structures:
+                    self._types(structure, state)  # warns of elements that this head never saw
+                fparam, aparam = self._parameters(structures, state)
+                own = replace(inputs, fparam=fparam, aparam=aparam)
+                energies[state.name] = self._values.fit(described, own, state).cpu().numpy()
+        return energies
+
+    def _layouts(self, inputs: GraphInputs, state: HeadState) -> list[Layout]:
         layouts, n_truncated = state.model.layouts(inputs)
         if n_truncated:
             self._warn(
@@ -227,6 +284,11 @@ class Potential:
                 "as in training, and the energy is not smooth there",
                 key="truncated",
             )
+        return layouts
+
+    def predict(self, inputs: GraphInputs, state: HeadState) -> list[Prediction]:
+        """Evaluate a head on prepared inputs, one prediction per structure."""
+        layouts = self._layouts(inputs, state)
         energies = torch.zeros(inputs.n_atoms, dtype=torch.float64, device=self.device)
         gradients = []
         for layout in layouts:

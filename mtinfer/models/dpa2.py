@@ -43,7 +43,7 @@ _REPINIT_DEFAULTS = {
 _N_REPINIT = 5
 _PAIR_TYPES = 1
 #: entries of the attention maps of all layers that one graph may keep; about 50 bytes of memory each
-_LARGE = 5e6
+_LARGE = 2e6
 #: pairs of slots that are evaluated together where everything is too much
 _ENTRIES_OF_PART = 80_000
 

@@ -201,8 +201,14 @@ class EnergyModel:
     ) -> Tensor:
         *own, fparam, aparam = tensors
         features, types = describe(displacements, tuple(own), weights)
-        fitted = self.fitting(features, types, fparam, aparam, weights).to(torch.float64)
-        return fitted * weights["energy.kept"][types] + weights["energy.out_bias"][types]
+        return self.fitted(features, types, fparam, aparam, weights)
+
+    def fitted(
+        self, features: Tensor, types: Tensor, fparam: Tensor, aparam: Tensor, weights: Weights
+    ) -> Tensor:
+        """Atomic energies from the descriptor (n, width) of each atom, shape (n,), eV, float64."""
+        energies = self.fitting(features, types, fparam, aparam, weights).to(torch.float64)
+        return energies * weights["energy.kept"][types] + weights["energy.out_bias"][types]
 
     def energies_and_gradients(
         self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
@@ -233,14 +239,24 @@ class EnergyModel:
         call
             calls a stage, and is differentiable for torch's autograd.
         """
-        if not isinstance(self.descriptor, InParts):
-            raise TypeError(f"{type(self.descriptor).__name__} is not evaluated in parts")
-        describe = partial(self.descriptor.in_parts, call=call)
+        describe = partial(self._describe_in_parts, call=call)
         with torch.enable_grad():
             varied = tuple(array.detach().requires_grad_(True) for array in displacements)
             energies = self._energies(describe, varied, tensors, weights)
             gradients = torch.autograd.grad(energies.sum(), varied)
         return (energies.detach(), *gradients)
+
+    def described_in_parts(self, layout: Layout, weights: Weights, call: Call) -> Tensor:
+        """Descriptor of the centres of a layout in parts, without derivatives, shape (n_centers, width)."""
+        with torch.no_grad():
+            return self._describe_in_parts(layout.displacements, layout.tensors[:-2], weights, call)[0]
+
+    def _describe_in_parts(
+        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        if not isinstance(self.descriptor, InParts):
+            raise TypeError(f"{type(self.descriptor).__name__} is not evaluated in parts")
+        return self.descriptor.in_parts(displacements, tensors, weights, call)
 
 
 #: descriptors that pt_expt evaluates on all neighbours instead of a truncated list

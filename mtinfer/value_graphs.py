@@ -1,0 +1,143 @@
+"""Energies of many heads without derivatives: the descriptor once, then the fitting net of every head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .graph import SharedGraph
+from .inputs import GraphInputs
+from .models.layout import Argument, Layout
+
+if TYPE_CHECKING:
+    from .potential import HeadState
+
+__all__ = ["Described", "ValueGraphs"]
+
+
+@dataclass(frozen=True)
+class Described:
+    """Descriptors of the atoms of one weight group."""
+
+    group: int
+    #: (n,) int64, place of the atoms among all
+    atoms: Tensor
+    #: (n, width) float64
+    features: Tensor
+
+
+@dataclass
+class ValueGraphs:
+    """Graphs of descriptors and of fitting nets, one for each architecture of either."""
+
+    _graphs: dict[str, SharedGraph] = field(default_factory=dict)
+    #: name of a head -> first head that was found to have the same descriptor
+    _leaders: dict[str, HeadState] = field(default_factory=dict)
+
+    @property
+    def graphs(self) -> list[SharedGraph]:
+        """Those that were needed so far."""
+        return list(self._graphs.values())
+
+    def families(self, states: Iterable[HeadState]) -> list[list[HeadState]]:
+        """Heads whose descriptors are the same, in architecture and in every weight."""
+        families: dict[str, list[HeadState]] = {}
+        for state in states:
+            families.setdefault(self._leader(state).name, []).append(state)
+        return list(families.values())
+
+    def _leader(self, state: HeadState) -> HeadState:
+        if state.name not in self._leaders:
+            known = {leader.name: leader for leader in self._leaders.values()}.values()
+            found = (leader for leader in known if _same_descriptor(leader, state))
+            self._leaders[state.name] = next(found, state)
+        return self._leaders[state.name]
+
+    def describe(self, layouts: Sequence[Layout], state: HeadState) -> list[Described]:
+        """Descriptor of every atom, by weight group."""
+        model = state.model
+        names = [name for name in state.weight_names if name.startswith("descriptor.")]
+        displacements, tensors = model.descriptor.arguments()
+        n_arrays, n_data = len(displacements), len(displacements) + len(tensors)
+
+        def function(*values: Tensor) -> tuple[Tensor, ...]:
+            named = dict(zip(names, values[n_data:], strict=True))
+            features, _ = model.descriptor(values[:n_arrays], values[n_arrays:n_data], named)
+            return (features.to(torch.float64),)
+
+        by_group: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for layout in layouts:
+            named = dict(zip(state.weight_names, state.weights[layout.group], strict=True))
+            if model.is_large(layout):
+                features = model.described_in_parts(layout, named, state.stages).to(torch.float64)
+            else:
+                weights = {name: named[name] for name in names}
+                graph = self._graph(
+                    repr(model.descriptor), function, [*displacements, *tensors], weights, state
+                )
+                data = (*layout.displacements, *layout.tensors[:-2])
+                (features,) = graph(data, tuple(weights.values()))
+            by_group.setdefault(layout.group, []).append((layout.atoms, features))
+        return [
+            Described(group, *(torch.cat(each) for each in zip(*found, strict=True)))
+            for group, found in by_group.items()
+        ]
+
+    def fit(self, described: Sequence[Described], inputs: GraphInputs, state: HeadState) -> Tensor:
+        """Energies of the structures of `inputs`, shape (n_frames,), eV."""
+        model = state.model
+        names = [name for name in state.weight_names if not name.startswith("descriptor.")]
+        fitting = model.fitting
+        arguments = [Argument(("atoms", model.descriptor.width)), Argument(("atoms",), torch.int64)]
+        arguments += [Argument(("atoms", n)) for n in (fitting.numb_fparam, fitting.numb_aparam)]
+
+        def function(*values: Tensor) -> tuple[Tensor, ...]:
+            features, types, fparam, aparam, *weights = values
+            named = dict(zip(names, weights, strict=True))
+            return (model.fitted(features, types, fparam, aparam, named),)
+
+        energies = torch.zeros(inputs.n_atoms, dtype=torch.float64, device=inputs.types.device)
+        for own in described:
+            named = dict(zip(state.weight_names, state.weights[own.group], strict=True))
+            weights = {name: named[name] for name in names}
+            graph = self._graph(repr(fitting), function, arguments, weights, state)
+            fparam = inputs.fparam[inputs.frames[own.atoms]]
+            data = (own.features, inputs.types[own.atoms], fparam, inputs.aparam[own.atoms])
+            (energies[own.atoms],) = graph(data, tuple(weights.values()))
+        return energies.new_zeros(inputs.n_frames).index_add_(0, inputs.frames, energies)
+
+    def _graph(
+        self,
+        architecture: str,
+        function: Callable[..., tuple[Tensor, ...]],
+        arguments: Sequence[Argument],
+        weights: Mapping[str, Tensor],
+        state: HeadState,
+    ) -> SharedGraph:
+        shapes = [f"{name} {tuple(w.shape)} {w.dtype}" for name, w in weights.items()]
+        signature = "\n".join(["value", architecture, *shapes])
+        if signature not in self._graphs:
+            example = list(weights.values())
+            self._graphs[signature] = SharedGraph(function, signature, arguments, example, state.graph.mode)
+        return self._graphs[signature]
+
+
+def _same_descriptor(a: HeadState, b: HeadState) -> bool:
+    if (a.model.type_map, a.model.descriptor) != (b.model.type_map, b.model.descriptor):
+        return False
+    if len(a.weights) != len(b.weights):
+        return False
+    groups = [(_of_descriptor(a, k), _of_descriptor(b, k)) for k in range(len(a.weights))]
+    return all(
+        mine.keys() == theirs.keys() and all(torch.equal(w, theirs[name]) for name, w in mine.items())
+        for mine, theirs in groups
+    )
+
+
+def _of_descriptor(state: HeadState, group: int) -> dict[str, Tensor]:
+    named = zip(state.weight_names, state.weights[group], strict=True)
+    return {name: w for name, w in named if name.startswith("descriptor.")}

@@ -1,0 +1,87 @@
+"""Energies of several heads at once: heads with one descriptor evaluate it once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference_files import DATA, SE_E2_A, SHARED, STRIP, expected
+
+import mtinfer
+from mtinfer.errors import UnknownHeadError
+from mtinfer.potential import PredictionWarning
+from mtinfer.testing import precision
+
+DPA2 = DATA / "reference/checkpoints/dpa2-separate-pt.pt"
+DPA3 = DATA / "reference/checkpoints/dpa3-shared-pt.pt"
+PARAMETERS = DATA / "reference/variants/checkpoints/dpa1n-pt.pt"
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{PredictionWarning.__module__}.PredictionWarning")
+
+
+def require_energies(potential: mtinfer.Potential, path: Path, leads: tuple[str, ...] = ()) -> None:
+    for lead in leads or potential.heads:
+        structures = [atoms for atoms, _ in expected(path, lead)]
+        together = potential.energies(structures)
+        assert tuple(together) == potential.heads
+        for head, energies in together.items():
+            single = [prediction.energy for prediction in potential.evaluate(structures, head)]
+            sizes = np.array([len(atoms) for atoms in structures])
+            accepted = 1e-10 if precision(potential.head(head)) == torch.float64 else 2e-6
+            np.testing.assert_allclose(energies / sizes, single / sizes, rtol=accepted, atol=accepted)
+
+
+@pytest.mark.parametrize("path", [SE_E2_A, STRIP, SHARED, DPA2, DPA3, PARAMETERS], ids=lambda path: path.stem)
+def test_energies_equal_those_of_evaluate(path: Path) -> None:
+    require_energies(mtinfer.load(path, device="cpu", compile=False), path)
+
+
+@pytest.mark.parametrize("path", [DPA2, DPA3], ids=lambda path: path.stem)
+def test_large_structures_go_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("dpa2", "dpa3"):
+        monkeypatch.setattr(f"mtinfer.models.{name}._LARGE", -1)
+        monkeypatch.setattr(f"mtinfer.models.{name}._ENTRIES_OF_PART", 1000)
+    potential = mtinfer.load(path, device="cpu", compile=False)
+    require_energies(potential, path, potential.heads[:1])
+    assert potential.head(potential.heads[0]).stages.graphs
+
+
+def test_one_graph_for_descriptors_and_one_for_fitting_nets() -> None:
+    potential = mtinfer.load(STRIP, device="cpu", compile="wait")
+    before = len(potential.graphs)
+    require_energies(potential, STRIP)
+    first, second = potential.graphs[before:]
+    assert first.is_compiled
+    assert second.is_compiled
+
+
+def test_a_shared_descriptor_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    potential = mtinfer.load(STRIP, device="cpu", compile=False)
+    descriptor = type(potential.head("water").model.descriptor)
+    calls = []
+    evaluate = descriptor.__call__
+    monkeypatch.setattr(descriptor, "__call__", lambda *values: calls.append(1) or evaluate(*values))
+    atoms = expected(STRIP, "water")[0][0]
+    potential.energies([atoms], ["water"])
+    n_calls = len(calls)
+    potential.energies([atoms])
+    assert len(calls) == 2 * n_calls
+
+
+def test_heads_whose_descriptors_differ_are_not_mixed() -> None:
+    potential = mtinfer.load(STRIP, device="cpu", compile=False)
+    state = potential.head("copper")
+    name = next(name for name in state.weight_names if name.startswith("descriptor."))
+    changed = dict(zip(state.weight_names, state.weights[0], strict=True))
+    changed[name] = changed[name] + 1e-3
+    object.__setattr__(state, "weights", (tuple(changed[name] for name in state.weight_names),))
+    require_energies(potential, STRIP)
+
+
+def test_no_structures_and_unknown_heads() -> None:
+    potential = mtinfer.load(STRIP, device="cpu", compile=False)
+    assert potential.energies([], ["water"])["water"].shape == (0,)
+    with pytest.raises(UnknownHeadError, match="watr"):
+        potential.energies([], ["watr"])
