@@ -33,23 +33,23 @@ def median_ms(call: Callable[[], object]) -> float:
     return 1e3 * statistics.median(seconds[3:])
 
 
-def main(architectures: list[str]) -> None:
-    torch.set_num_threads(N_THREADS)
+def measure(name: str) -> None:
     heads = [f"head{k}" for k in range(N_HEADS)]
     atoms = water(192)
-    for name in architectures:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.pt"
-            write_random_checkpoint(path, {"type_map": ["O", "H"], **ARCHITECTURES[name]}, heads=heads)
-            potential = mtinfer.load(path, device="cpu", compile="wait")
-        forces = median_ms(lambda: potential.evaluate(atoms, heads[0]))
-        one = median_ms(lambda: potential.energies([atoms], heads[:1]))
-        every = median_ms(lambda: potential.energies([atoms]))
-        print(
-            f"{name}: one head with forces {forces:.1f} ms, energies of one {one:.1f} ms, of {N_HEADS} heads "
-            f"{every:.1f} ms: {every / forces:.2f}x and {every / one:.2f}x"
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pt"
+        write_random_checkpoint(path, {"type_map": ["O", "H"], **ARCHITECTURES[name]}, heads=heads)
+        potential = mtinfer.load(path, device="cpu", compile="wait")
+    forces = median_ms(lambda: potential.evaluate(atoms, heads[0]))
+    one = median_ms(lambda: potential.energies([atoms], heads[:1]))
+    every = median_ms(lambda: potential.energies([atoms]))
+    print(
+        f"{name}: one head with forces {forces:.1f} ms, energies of one {one:.1f} ms, of {N_HEADS} heads "
+        f"{every:.1f} ms: {every / forces:.2f}x and {every / one:.2f}x"
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["se_e2_a", "dpa1", "dpa1-attention", "dpa2-medium", "dpa3"])
+    torch.set_num_threads(N_THREADS)
+    for architecture in sys.argv[1:] or ["se_e2_a", "dpa1", "dpa1-attention", "dpa2-medium", "dpa3"]:
+        measure(architecture)
