@@ -14,7 +14,7 @@ from ..inputs import GraphInputs, ParameterSpec
 from .dpa1 import DPA1
 from .dpa2 import DPA2
 from .dpa3 import DPA3
-from .gather import Index, gather
+from .gather import Index, segment_sum
 from .layers import Weights, required
 from .layout import Argument, Layout, Pairs, Selection
 from .se_e2_a import SeE2A
@@ -37,7 +37,7 @@ class Hybrid:
 
     A graph holds each member once. Where a member with one weight group per centre type (se_e2_a) stands
     beside one with a single group, the graph holds it once per centre type, and an index puts the rows
-    back into the order of the atoms.
+    where the atoms are.
     """
 
     members: tuple[Any, ...]
@@ -118,8 +118,8 @@ class Hybrid:
                 atoms = "atoms" if len(parts) == 1 else f"atoms of type {c}"
                 for known, own in zip((displacements, tensors), member.arguments(), strict=True):
                     known += [_within_member(argument, i, c, atoms) for argument in own]
-            if len(parts) > 1:
-                tensors += [Argument(("atoms",), torch.int64)] * len(Index._fields)
+                if len(parts) > 1:
+                    tensors += [Argument((axis,), torch.int64) for axis in (atoms, atoms, "atoms")]
         return displacements, tensors
 
     def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]:
@@ -133,11 +133,12 @@ class Hybrid:
         atoms = torch.arange(inputs.n_atoms, device=inputs.types.device)
         joined = []
         for (_, _, parts), layouts in zip(self._calls(), own, strict=True):
-            layout = _joined(layouts, atoms)
             if len(parts) > 1:
-                row = torch.argsort(torch.cat([part.atoms for part in layouts]))
-                layout = replace(layout, tensors=(*layout.tensors, *Index.of(row, inputs.n_atoms)))
-            joined.append(layout)
+                layouts = [
+                    replace(part, tensors=(*part.tensors, *Index.of(part.atoms, inputs.n_atoms)))
+                    for part in layouts
+                ]
+            joined.append(_joined(layouts, atoms))
         return [replace(_joined(joined, atoms), group=0)]
 
     def __call__(
@@ -149,7 +150,7 @@ class Hybrid:
         ----------
         displacements, tensors
             those of every member in turn; of a member that is called once per centre type, those of every
-            call, and then the `Index` of each atom's row in their joined results.
+            call, each followed by the `Index` of its centres among all atoms.
 
         Returns
         -------
@@ -164,12 +165,13 @@ class Hybrid:
                 own_vectors = tuple(next(vectors) for _ in range(n_vectors))
                 own_values = tuple(next(values) for _ in range(n_values))
                 result, of_rows = member(own_vectors, own_values, _renamed(weights, _part(i, c)))
-                features.append(result.to(torch.float64))
-            if len(parts) > 1:
-                outputs.append(gather(torch.cat(features), Index(*(next(values) for _ in Index._fields))))
-            else:
-                outputs.append(features[0])
-                types = of_rows
+                result = result.to(torch.float64)
+                if len(parts) > 1:
+                    result = segment_sum(result, Index(*(next(values) for _ in Index._fields)))
+                else:
+                    types = of_rows
+                features.append(result)
+            outputs.append(sum(features[1:], features[0]))
         return torch.cat(outputs, dim=1), types
 
 
@@ -201,6 +203,11 @@ def _from_common_list(member: Any, sel: int) -> Selection:
         keeps_beyond=not isinstance(member, DPA2),
         total=sel if selection.by_type else None,
     )
+
+
+def member_name(i: int, name: str) -> str:
+    """Name in a file of what member `i` calls `name`, a weight or the prefix of some."""
+    return f"descriptor.descrpt_list.{i}{name.removeprefix('descriptor')}"
 
 
 def _stored(i: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ _PARTS = ("type_map", "descriptor", "fitting_net")
 class Link:
     """Heads that share one entry of `shared_dict`."""
 
-    #: "descriptor" or "fitting_net"
+    #: "descriptor", "descriptor.descrpt_list.<i>" for a member of a hybrid one, or "fitting_net"
     part: str
     #: key in `shared_dict`
     name: str
@@ -171,12 +171,11 @@ def _heads(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str
                 f"model_dict: {head!r} is no valid head; a name has no '.', and an entry is a section"
             )
         heads[head] = copy.deepcopy(dict(common) | dict(entry))
-        for part in _PARTS:
-            reference = heads[head].get(part)
-            if isinstance(reference, str):
-                name, level = _reference(reference, shared, f"model_dict.{head}.{part}")
-                heads[head][part] = copy.deepcopy(shared[name])
-                used.setdefault((part, name), []).append((head, level))
+        for part, place, key in _references(heads[head]):
+            name, level = _reference(place[key], shared, f"model_dict.{head}.{part}")
+            place[key] = copy.deepcopy(shared[name])
+            used.setdefault((part, name), []).append((head, level))
+    _check_places(used)
     links = []
     for (part, name), members in used.items():
         if part != "type_map" and len(members) > 1:
@@ -184,6 +183,32 @@ def _heads(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str
             _check_levels(part, name, members, shared[name])
             links.append(Link(part, name, tuple(members)))
     return dict(shared), heads, tuple(links)
+
+
+def _references(entry: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Parts of a head that are named instead of given: part, and the container and key that hold the name.
+
+    The members of a hybrid descriptor come after the descriptor, which may itself have been named.
+    """
+    for part in _PARTS:
+        if isinstance(entry.get(part), str):
+            yield part, entry, part
+    descriptor = entry.get("descriptor")
+    members = descriptor.get("list") if isinstance(descriptor, Mapping) else None
+    for index, member in enumerate(members if isinstance(members, list) else ()):
+        if isinstance(member, str):
+            yield f"descriptor.descrpt_list.{index}", members, index
+
+
+def _check_places(used: Mapping[tuple[str, str], Any]) -> None:
+    """Refuse an entry that descriptors use at different places: their weights have different names."""
+    places: dict[str, str] = {}
+    for part, name in used:
+        if part.startswith("descriptor") and places.setdefault(name, part) != part:
+            raise ConfigError(
+                f"shared_dict.{name} is used as {places[name]} and as {part}; sharing a descriptor across "
+                "places is not supported: use it at the same place, or give it twice under two names"
+            )
 
 
 def _reference(reference: str, shared: Mapping[str, Any], where: str) -> tuple[str, int]:
@@ -198,7 +223,7 @@ def _reference(reference: str, shared: Mapping[str, Any], where: str) -> tuple[s
 
 def _check_levels(part: str, name: str, members: list[tuple[str, int]], entry: Any) -> None:
     kind = entry.get("type") if isinstance(entry, Mapping) else None
-    highest = 0 if part == "fitting_net" or kind in ("se_e2_a", "se_a") else 1
+    highest = 0 if part == "fitting_net" or kind in ("se_e2_a", "se_a", "hybrid") else 1
     for head, level in members:
         if level > highest:
             raise ConfigError(
@@ -219,19 +244,33 @@ def _head(name: str, given: Any, multitask: bool) -> dict[str, Any]:
     return head
 
 
-def _descriptor(given: Any, where: str) -> dict[str, Any]:
+def _descriptor(given: Any, where: str, *, within_hybrid: bool = False) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where} is {given!r}; expected a section {{...}} or the name of a shared one")
     kind = str(given.get("type", "se_e2_a"))
     kind = schema.DESCRIPTOR_ALIASES.get(kind, kind)
+    if kind == "hybrid" and not within_hybrid:
+        return _hybrid(given, where)
     if kind not in schema.DESCRIPTORS:
         raise ConfigError(
             f"{where}.type is {kind!r}, which can't be trained{nearest(kind, schema.DESCRIPTORS)}; "
-            f"supported are {', '.join(schema.DESCRIPTORS)}"
+            f"supported are {', '.join(schema.DESCRIPTORS)}{'' if within_hybrid else ', hybrid'}"
         )
     found = complete({**given, "type": kind}, schema.DESCRIPTORS[kind], where)
     if isinstance(found.get("sel"), str):
         raise ConfigError(f"{where}.sel is {found['sel']!r}, which is not supported; give numbers")
+    return found
+
+
+def _hybrid(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    found = complete(given, schema.HYBRID, where)
+    members = found["list"]
+    if not isinstance(members, list) or not members:
+        raise ConfigError(f"{where}.list is {members!r}; expected a list of descriptors")
+    found["list"] = [
+        _descriptor(member, f"{where}.list[{index}]", within_hybrid=True)
+        for index, member in enumerate(members)
+    ]
     return found
 
 

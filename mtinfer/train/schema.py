@@ -254,6 +254,7 @@ DESCRIPTORS: dict[str, Section] = {
         },
     ),
 }
+HYBRID = Section({"type": REQUIRED, "list": REQUIRED})
 DESCRIPTOR_ALIASES = {"dpa1": "se_atten", "se_a": "se_e2_a"}
 
 FITTING = Section(

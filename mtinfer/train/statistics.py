@@ -16,6 +16,7 @@ from ..models import EnergyModel
 from ..models.dpa1 import DPA1
 from ..models.dpa2 import DPA2
 from ..models.dpa3 import DPA3
+from ..models.hybrid import Hybrid, member_name
 from ..models.layers import switch
 from ..models.layout import Selection
 from ..models.se_e2_a import SeE2A
@@ -75,7 +76,16 @@ def stat_blocks(model: EnergyModel, config: Mapping[str, Any]) -> list[Block]:
     config
         completed section `descriptor`.
     """
-    descriptor = model.descriptor
+    return _blocks(model.descriptor, config)
+
+
+def _blocks(descriptor: Any, config: Mapping[str, Any]) -> list[Block]:
+    if isinstance(descriptor, Hybrid):
+        return [
+            replace(block, prefix=member_name(index, block.prefix))
+            for index, (member, own) in enumerate(zip(descriptor.members, config["list"], strict=True))
+            for block in _blocks(member, own)
+        ]
     if isinstance(descriptor, SeE2A):
         return [_block("descriptor", descriptor, descriptor.selection, config)]
     if isinstance(descriptor, DPA1):

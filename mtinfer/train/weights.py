@@ -22,6 +22,7 @@ __all__ = ["Owners", "initial_weights", "set_statistics", "trained_names"]
 #: head -> canonical name -> tensor; heads that share a weight hold the same tensor
 AllWeights = dict[str, dict[str, Tensor]]
 
+MEMBERS = "descriptor.descrpt_list."
 #: weights of a fitting net that every head keeps to itself
 _OWN_OF_FITTING = ("fitting_net.bias_atom_e", "fitting_net.case_embd")
 
@@ -45,7 +46,7 @@ def shares(part: str, level: int, name: str) -> bool:
     """Whether heads that share a part at some level have a weight in common."""
     if part == "fitting_net":
         return name.startswith("fitting_net.") and name not in _OWN_OF_FITTING
-    return name.startswith("descriptor." if level == 0 else "descriptor.type_embedding.")
+    return name.startswith(f"{part}." if level == 0 else f"{part}.type_embedding.")
 
 
 def initial_weights(config: TrainConfig, models: Mapping[str, EnergyModel]) -> AllWeights:
@@ -102,7 +103,7 @@ def initial_weight(
         return torch.full(spec.shape, 1.0 if leaf == "w" else 0.0, dtype=spec.dtype)
     mean, std = 0.0, 1.0
     if "_residual." in name:
-        block = config["descriptor"]["repflow" if "repflows" in name else "repformer"]
+        block = _described(name, config)["repflow" if "repflows" in name else "repformer"]
         size = float(block["update_residual"])
         mean, std = (size, 0.0) if block["update_residual_init"] == "const" else (0.0, size)
     elif leaf == "idt":
@@ -121,7 +122,7 @@ def _constants(name: str, config: Mapping[str, Any], case: int, spec: ParameterS
         return torch.eye(spec.shape[0], dtype=torch.float64)[case]
     if leaf == "min_nbor_dist":
         return torch.tensor(-1.0, dtype=torch.float64)
-    fixed = config["descriptor"].get("repflow", {}).get("fix_stat_std") or 1.0
+    fixed = _described(name, config).get("repflow", {}).get("fix_stat_std") or 1.0
     values = {"stddev": float(fixed), "out_std": 1.0, "fparam_inv_std": 1.0, "aparam_inv_std": 1.0}
     if leaf in values:
         return torch.full(spec.shape, values[leaf], dtype=torch.float64)
@@ -130,19 +131,26 @@ def _constants(name: str, config: Mapping[str, Any], case: int, spec: ParameterS
     return None
 
 
+def _described(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Section of the descriptor that a weight belongs to: that of a member, in a hybrid one."""
+    section: Mapping[str, Any] = config["descriptor"]
+    if name.startswith(MEMBERS):
+        section = section["list"][int(name.removeprefix(MEMBERS).partition(".")[0])]
+    return section
+
+
 def trained_names(model: EnergyModel, config: Mapping[str, Any]) -> frozenset[str]:
     """Weights that the optimizer may change, by the configuration of the head."""
-    names = {name for name in model.parameters() if is_trainable(name)}
-    descriptor = config["descriptor"]
-    if not descriptor["trainable"]:
-        names = {name for name in names if not name.startswith("descriptor.")}
-    if not config["fitting_net"]["trainable"]:
-        names = {name for name in names if not name.startswith("fitting_net.")}
-    if not descriptor.get("trainable_ln", True) or not descriptor.get("repformer", {}).get(
-        "trainable_ln", True
-    ):
-        names = {name for name in names if "layer_norm." not in name and "attn2_lm." not in name}
-    return frozenset(names)
+
+    def is_free(name: str) -> bool:
+        if name.startswith("fitting_net."):
+            return bool(config["fitting_net"]["trainable"])
+        section = _described(name, config)
+        norms = section.get("trainable_ln", True) and section.get("repformer", {}).get("trainable_ln", True)
+        is_norm = "layer_norm." in name or "attn2_lm." in name
+        return bool(section["trainable"]) and (bool(norms) or not is_norm)
+
+    return frozenset(name for name in model.parameters() if is_trainable(name) and is_free(name))
 
 
 def set_statistics(
@@ -158,8 +166,8 @@ def set_statistics(
         own, model, found = weights[head], models[head], statistics[head]
         own["out_bias"], own["out_std"] = found.out_bias.clone(), found.out_std.clone()
         own["min_nbor_dist"] = torch.tensor(found.min_distance, dtype=torch.float64)
-        described = _linked(config, "descriptor", head)
         for block in stat_blocks(model, task.model["descriptor"]):
+            described = _linked(config, block.prefix, head)
             moments = merged(
                 [statistics[other].moments[block.prefix] for other in described],
                 [probabilities[other] for other in described],
@@ -176,10 +184,10 @@ def set_statistics(
             own[name] = weights[owners(own_head, name)][name]
 
 
-def _linked(config: TrainConfig, part: str, head: str) -> list[str]:
-    """Heads whose statistics make those of `head`, the base first."""
+def _linked(config: TrainConfig, prefix: str, head: str) -> list[str]:
+    """Heads whose statistics make those of `head` for the weights with a prefix, the base first."""
     for link in config.links:
         levels = dict(link.heads)
-        if link.part == part and levels.get(head) == 0:
+        if f"{prefix}.".startswith(f"{link.part}.") and levels.get(head) == 0:
             return [other for other, level in link.heads if level == 0]
     return [head]

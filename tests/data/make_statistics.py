@@ -74,6 +74,10 @@ DESCRIPTORS = {
         "precision": "float64",
     },
 }
+DESCRIPTORS["hybrid"] = {
+    "type": "hybrid",
+    "list": [DESCRIPTORS[kind] for kind in ("se_e2_a", "dpa1", "dpa2")],
+}
 
 
 def training_input(descriptor, frames=FRAMES):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mtinfer.train.config import Link, read_config
 from mtinfer.train.plan import describe_plan
 from mtinfer.train.schedule import Schedule
 from mtinfer.train.schema import LEARNING_RATE, complete
+from mtinfer.train.weights import initial_weights
 
 
 def test_references_are_resolved_and_defaults_filled_in() -> None:
@@ -35,6 +37,39 @@ def test_references_are_resolved_and_defaults_filled_in() -> None:
 def test_the_head_with_the_lowest_level_is_the_base() -> None:
     content = training_input({"clusters": "desc:1", "copper": "desc"}, dict.fromkeys(SYSTEMS, FITTING))
     assert config_of(content).links[0].heads == (("copper", 0), ("clusters", 1))
+
+
+def _hybrids(clusters: list[Any], copper: list[Any]) -> dict[str, Any]:
+    descriptors = {"clusters": clusters, "copper": copper}
+    return training_input(
+        {task: {"type": "hybrid", "list": members} for task, members in descriptors.items()},
+        dict.fromkeys(SYSTEMS, FITTING),
+    )
+
+
+def test_members_of_hybrid_descriptors_are_shared_by_name() -> None:
+    other = {**DESCRIPTORS["dpa1strip"], "rcut": 2.5}
+    plan = plan_of(_hybrids([other, "desc"], [other, "desc"]))
+    part = "descriptor.descrpt_list.1"
+    assert plan.config.links == (Link(part, "desc", (("clusters", 0), ("copper", 0))),)
+    weights = initial_weights(plan.config, plan.models)
+    for name, tensor in weights["clusters"].items():
+        if name.startswith("descriptor."):
+            assert (weights["copper"][name] is tensor) == name.startswith(f"{part}."), name
+
+
+def test_a_member_shared_across_places_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"shared_dict\.desc is used as descriptor\.descrpt_list\.1 and as"):
+        config_of(_hybrids([DESCRIPTORS["se_e2_a"], "desc"], ["desc", DESCRIPTORS["se_e2_a"]]))
+
+
+@pytest.mark.parametrize(
+    ("members", "text"),
+    [([], "expected a list of descriptors"), ([{"type": "hybrid", "list": []}], "list[0].type is 'hybrid'")],
+)
+def test_hybrids_without_members_and_within_hybrids_are_refused(members: list[Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        config_of(_hybrids(members, members))
 
 
 def test_single_task_input_is_read() -> None:

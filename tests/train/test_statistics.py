@@ -29,7 +29,7 @@ def _stored() -> dict[str, Any]:
     return dict(json.loads(STORED.read_text()))
 
 
-@pytest.mark.parametrize("kind", ["se_e2_a", "dpa1", "dpa2", "dpa3"])
+@pytest.mark.parametrize("kind", ["se_e2_a", "dpa1", "dpa2", "dpa3", "hybrid"])
 def test_statistics_equal_those_of_deepmd_kit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FRAMES.parent))
     import make_statistics

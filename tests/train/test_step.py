@@ -81,6 +81,16 @@ def test_gradients_equal_double_backward(kind: str) -> None:
         assert_gradients_equal(plan, step, task)
 
 
+def test_gradients_of_a_hybrid_that_calls_a_member_once_per_type() -> None:
+    content = shared_input("se_e2_a", fitting=True)
+    members = [DESCRIPTORS["dpa3"], DESCRIPTORS["se_e2_a"]]
+    content["model"]["shared_dict"]["desc"] = {"type": "hybrid", "list": members}
+    plan = plan_of(content)
+    step = TrainingStep(plan.tasks[0].model, weights_of(plan)["clusters"], "off")
+    for task in range(2):
+        assert_gradients_equal(plan, step, task)
+
+
 _SLOW = pytest.mark.slow
 
 

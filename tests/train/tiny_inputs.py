@@ -65,6 +65,10 @@ DESCRIPTORS: dict[str, dict[str, Any]] = {
         "precision": "float64",
     },
 }
+DESCRIPTORS["hybrid"] = {
+    "type": "hybrid",
+    "list": [DESCRIPTORS["dpa1strip"], {**DESCRIPTORS["dpa1strip"], "rcut": 2.5, "sel": 20}],
+}
 FITTING: dict[str, Any] = {"neuron": [6, 6], "resnet_dt": True}
 
 
