@@ -206,9 +206,14 @@ class SharedGraph:
             store = _Store(cache_directory(), _key(self.signature, device))
             try:
                 with store.private():
-                    compiled = store.load(device)
-                    if compiled is None:
-                        compiled = self._compile(store)
+                    try:
+                        compiled = store.load(device) or self._compile(store)
+                    except Exception as err:
+                        if "ImportError" not in _first_line(err):
+                            raise
+                        # a process that was killed while it wrote has left half a library behind
+                        store.forget_libraries()
+                        compiled = store.load(device) or self._compile(store)
             except Exception as err:  # the compiler raises many types; whatever it is, eager is right
                 if not threading.main_thread().is_alive():
                     return  # the process ends, and nobody waits for the graph
@@ -353,6 +358,11 @@ class _Store:
             )
         with temporary_cache_dir(str(self.directory / "inductor")):
             yield
+
+    def forget_libraries(self) -> None:
+        """Remove the libraries that Inductor keeps between processes; they are made again."""
+        for library in (self.directory / "inductor").rglob("*.so"):
+            library.unlink(missing_ok=True)
 
     def load(self, device: torch.device) -> Callable[..., tuple[Tensor, ...]] | None:
         """Return the stored graph, or None where there is none or its checksum is wrong."""

@@ -211,6 +211,30 @@ def test_damaged_graph_is_compiled_anew(store: Path, pattern: str, spoil: Callab
     assert repaired.n_compiled == 0
 
 
+COMPILE = """
+import sys, warnings
+sys.path.insert(0, sys.argv[1])
+from test_graph import GraphWarning, data, require_eager_numbers, small_graph
+warnings.simplefilter("error", GraphWarning)
+graph = small_graph()
+require_eager_numbers(graph, data())
+assert graph.is_compiled
+"""
+
+
+def test_half_written_libraries_are_made_anew(tmp_path: Path) -> None:
+    """As a process leaves them that was killed while it compiled."""
+    command = [sys.executable, "-c", COMPILE, str(Path(__file__).parent)]
+    environment = {**os.environ, "MTINFER_CACHE": str(tmp_path / "store")}
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        libraries = list((tmp_path / "store").rglob("*.so"))
+        assert libraries
+        for library in libraries:
+            library.write_bytes(b"half")
+
+
 def test_store_is_made_for_the_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tmp_path / "new" / "cache"
     monkeypatch.setenv("MTINFER_CACHE", str(directory))
