@@ -229,7 +229,7 @@ def test_half_written_libraries_are_made_anew(tmp_path: Path) -> None:
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
-        libraries = list((tmp_path / "store").rglob("*.so"))
+        libraries = list((tmp_path / "store").rglob("*.main.so"))
         assert libraries
         for library in libraries:
             library.write_bytes(b"half")
