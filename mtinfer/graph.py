@@ -15,7 +15,7 @@ import os
 import platform
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch import Tensor
 from . import __version__
 from .models.layout import Argument
 
-__all__ = ["CompileMode", "GraphWarning", "SharedGraph", "cache_directory", "trace"]
+__all__ = ["CompileMode", "GraphWarning", "SharedGraph", "cache_directory", "signed", "trace"]
 
 #: "off": eager. "wait": compiled from the first call on. "background": the first calls are answered
 #: eagerly while the graph is loaded or compiled, and it takes over when its self-check has passed.
@@ -139,6 +139,11 @@ def _lift_constants(module: torch.fx.GraphModule, fakes: list[Any]) -> list[Tens
     return constants
 
 
+def signed(architecture: str, weights: Mapping[str, Tensor]) -> str:
+    """Signature of a graph: its architecture, and name, shape and dtype of its weights, in their order."""
+    return "\n".join([architecture, *(f"{name} {tuple(w.shape)} {w.dtype}" for name, w in weights.items())])
+
+
 @dataclass
 class SharedGraph:
     """A function of tensors that is compiled once and called with any data and any weights.
@@ -211,7 +216,7 @@ class SharedGraph:
                     except Exception as err:
                         if "ImportError" not in _first_line(err):
                             raise
-                        # a process that was killed while it wrote has left half a library behind
+                        # killed while it wrote, a process leaves half a library, which torch 2.13 keeps
                         store.forget_libraries()
                         compiled = store.load(device) or self._compile(store)
             except Exception as err:  # the compiler raises many types; whatever it is, eager is right

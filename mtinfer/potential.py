@@ -21,7 +21,7 @@ from .checkpoint.load import read as read_checkpoint
 from .checkpoint.precision import Precision, with_precision
 from .checkpoint.records import Checkpoint, HeadRecord
 from .errors import StructureError, UnsupportedModelError, nearest
-from .graph import CompileMode, SharedGraph
+from .graph import CompileMode, SharedGraph, signed
 from .inputs import GraphInputs, Prediction
 from .models import EnergyModel, edge_gradients, forces_and_virial
 from .models.layout import Layout
@@ -235,7 +235,7 @@ class Potential:
         )
 
     def energies(
-        self, atoms: Sequence[ase.Atoms], heads: Sequence[str] | None = None
+        self, atoms: ase.Atoms | Sequence[ase.Atoms], heads: Sequence[str] | None = None
     ) -> dict[str, NDArray[np.float64]]:
         """Energies alone, of several heads at once; heads with the same descriptor evaluate it once.
 
@@ -245,7 +245,7 @@ class Potential:
         Parameters
         ----------
         atoms
-            structures of any sizes; their parameters are read as `evaluate` reads them.
+            one structure or several of any sizes; their parameters are read as `evaluate` reads them.
         heads
             names or aliases; default: all heads.
 
@@ -258,7 +258,7 @@ class Potential:
         StructureError, UnknownHeadError, UnsupportedModelError
             As `evaluate` and `head` do.
         """
-        structures = list(atoms)
+        structures = [atoms] if isinstance(atoms, ase.Atoms) else list(atoms)
         states = [self.head(name) for name in (self.heads if heads is None else heads)]
         energies = {state.name: np.zeros(len(structures)) for state in states}
         for family in self._values.families(states) if structures else ():
@@ -465,8 +465,7 @@ def _graphs(
     graphs: dict[str, StageGraphs],
 ) -> StageGraphs:
     """Return the graphs of an architecture, made at its first head."""
-    shapes = [f"{name} {tuple(group[name].shape)} {group[name].dtype}" for name in names]
-    signature = "\n".join([repr(model), *shapes])
+    signature = signed(repr(model), {name: group[name] for name in names})
     if signature not in graphs:
         displacements, tensors = model.arguments()
         n_arrays, n_data = len(displacements), len(displacements) + len(tensors)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .graph import SharedGraph
+from .graph import SharedGraph, signed
 from .models.layers import Weights
 from .models.stage import Stage, Tensors, derivative
 
@@ -54,8 +54,7 @@ class StageGraphs:
 
     def _pair(self, stage: Stage, weights: Weights) -> _Pair:
         names = tuple(sorted(weights))
-        shapes = [f"{name} {tuple(weights[name].shape)} {weights[name].dtype}" for name in names]
-        signature = "\n".join([repr(stage), *shapes])
+        signature = signed(repr(stage), {name: weights[name] for name in names})
         if signature not in self._pairs:
             varied, fixed = stage.arguments()
             n_varied, n_data = len(varied), len(varied) + len(fixed)
@@ -86,7 +85,7 @@ class StageGraphs:
 class _Stage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pair: _Pair, fixed: Tensors, weights: Tensors, *varied: Tensor) -> Tensors:
-        ctx.pair, ctx.weights, ctx.n_varied = pair, weights, len(varied)
+        ctx.pair, ctx.weights = pair, weights
         varied, fixed = (tuple(array.contiguous() for array in data) for data in (varied, fixed))
         ctx.save_for_backward(*varied, *fixed)
         return pair.value((*varied, *fixed), weights)

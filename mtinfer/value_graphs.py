@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .graph import SharedGraph
+from .graph import SharedGraph, signed
 from .inputs import GraphInputs
 from .models.layout import Argument, Layout
 
@@ -118,8 +118,7 @@ class ValueGraphs:
         weights: Mapping[str, Tensor],
         state: HeadState,
     ) -> SharedGraph:
-        shapes = [f"{name} {tuple(w.shape)} {w.dtype}" for name, w in weights.items()]
-        signature = "\n".join(["value", architecture, *shapes])
+        signature = signed(f"value {architecture}", weights)
         if signature not in self._graphs:
             example = list(weights.values())
             self._graphs[signature] = SharedGraph(function, signature, arguments, example, state.graph.mode)

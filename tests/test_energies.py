@@ -83,5 +83,7 @@ def test_heads_whose_descriptors_differ_are_not_mixed() -> None:
 def test_no_structures_and_unknown_heads() -> None:
     potential = mtinfer.load(STRIP, device="cpu", compile=False)
     assert potential.energies([], ["water"])["water"].shape == (0,)
+    atoms = expected(STRIP, "water")[0][0]
+    assert potential.energies(atoms, ["water"])["water"].shape == (1,)
     with pytest.raises(UnknownHeadError, match="watr"):
         potential.energies([], ["watr"])

@@ -19,6 +19,8 @@ from .layers import Weights, required
 from .layout import Argument, Layout, Pairs, Selection
 from .se_e2_a import SeE2A
 
+#: what the names of all members' weights begin with in a file
+MEMBERS = "descriptor.descrpt_list."
 #: descriptor `type` of a configuration -> class, for all that stand on their own
 SINGLE: dict[str, Any] = {
     "se_e2_a": SeE2A,
@@ -89,7 +91,7 @@ class Hybrid:
     def parameters(self) -> dict[str, ParameterSpec]:
         """Return name -> shape and dtype of every weight."""
         return {
-            _stored(i) + name.removeprefix("descriptor."): spec
+            member_name(i, name): spec
             for i, member in enumerate(self.members)
             for name, spec in member.parameters().items()
         }
@@ -98,7 +100,7 @@ class Hybrid:
         """Weights for the graph: a single group, or one per centre type."""
         groups: list[dict[str, Tensor]] = [{} for _ in range(1 if self.mixed_types else self.n_types)]
         for i, member in enumerate(self.members):
-            for c, own in enumerate(member.prepare(_renamed(weights, _stored(i)))):
+            for c, own in enumerate(member.prepare(_renamed(weights, member_name(i, "descriptor.")))):
                 prefix, group = (_part(i, c), groups[0]) if self.mixed_types else (_part(i, 0), groups[c])
                 group |= {prefix + name.removeprefix("descriptor."): tensor for name, tensor in own.items()}
         return groups
@@ -207,17 +209,12 @@ def _from_common_list(member: Any, sel: int) -> Selection:
 
 def member_name(i: int, name: str) -> str:
     """Name in a file of what member `i` calls `name`, a weight or the prefix of some."""
-    return f"descriptor.descrpt_list.{i}{name.removeprefix('descriptor')}"
-
-
-def _stored(i: int) -> str:
-    """Prefix of a member's weights in a file."""
-    return f"descriptor.descrpt_list.{i}."
+    return f"{MEMBERS}{i}{name.removeprefix('descriptor')}"
 
 
 def _part(i: int, c: int) -> str:
     """Prefix of a member's weights in the graph, for centre type `c` where it has a group per type."""
-    return f"descriptor.descrpt_list.{i}.part.{c}."
+    return member_name(i, f"descriptor.part.{c}.")
 
 
 def _renamed(weights: Weights, prefix: str) -> dict[str, Tensor]:

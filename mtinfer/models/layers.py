@@ -298,3 +298,8 @@ def required(config: Mapping[str, Any], key: str, where: str) -> Any:
         return config[key]
     except KeyError:
         raise UnsupportedModelError(f"{where} lacks the required key {key!r}") from None
+
+
+def without_prefix(weights: Weights, prefix: str) -> dict[str, Tensor]:
+    """Weights whose names begin with `prefix`, named without it."""
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}

@@ -18,7 +18,7 @@ from ..errors import UnsupportedModelError
 from ..inputs import ParameterSpec
 from .environment import statistics_parameters
 from .gather import Index, gather, settled
-from .layers import Weights, activation, safe_norm, switch
+from .layers import Weights, activation, safe_norm, switch, without_prefix
 from .layout import Argument
 from .repflow_layer import Lists, RepflowLayer, Surroundings
 from .stage import Call, Nearby, Tensors, joined, pieces
@@ -250,7 +250,7 @@ class Repflow:
             prepared[f"{BLOCK}.layers.0.angle_embd"] = embedding
         for k in range(self.options.nlayers):
             layer = f"{BLOCK}.layers.{k}."
-            own = {name.removeprefix(layer): w for name, w in weights.items() if name.startswith(layer)}
+            own = without_prefix(weights, layer)
             prepared |= {layer + name: w for name, w in self._prepare_layer(k, own, embedding).items()}
         return prepared
 
@@ -329,30 +329,31 @@ class Repflow:
         node = activation(self.activation)(node)
         lists = [part.tensors for part in division.lists]
         geometry = RepflowGeometry(o, self.activation, self.protection, self.dtype)
-        own = _named(weights, _GEOMETRY)
+        own = without_prefix(weights, _GEOMETRY)
+        # what is listed below has one entry per part
         placed = [
             call(geometry, (vectors,), (of_centers, *flat), own)
             for vectors, of_centers, flat in zip(
                 division.of_edges(displacements), division.of_centers(types), lists, strict=True
             )
         ]
-        edges, of_edges = [part[0] for part in placed], [part[1:3] for part in placed]
-        angles, of_angles = [part[3:4] for part in placed], [part[4:] for part in placed]
+        edges, *geometry_of_all = zip(*placed, strict=True)
+        of_edges, of_angles = geometry_of_all[:2], geometry_of_all[2:]
         for k in range(o.nlayers):
-            own = _named(weights, f"{BLOCK}.layers.{k}.")
+            own = without_prefix(weights, f"{BLOCK}.layers.{k}.")
             layer = RepflowLayer(o, self.activation, self.dtype, *self._updates(k), from_cosine=k == 0)
-            around = zip(*map(division.of_nearby, Surroundings.of(node, own).tensors), strict=True)
-            new = [
-                call(layer, (*mine, *rest, *(angle + of_angle) * layer.reads_angles, *near), flat, own)
-                for *mine, rest, angle, of_angle, near, flat in zip(
-                    division.of_centers(node), edges, of_edges, angles, of_angles, around, lists, strict=True
-                )
-            ]
-            node = joined([part[0] for part in new])
+            varied = [division.of_centers(node), edges, *of_edges]
+            if layer.reads_angles:
+                varied += of_angles
+            varied += map(division.of_nearby, Surroundings.of(node, own).tensors)
+            parts = zip(zip(*varied, strict=True), lists, strict=True)
+            new = [call(layer, own_varied, flat, own) for own_varied, flat in parts]
+            nodes, *updated = zip(*new, strict=True)
+            node = joined(nodes)
             if layer.updates_edges:
-                edges = [part[1] for part in new]
+                edges = updated[0]
             if layer.updates_angles:
-                angles = [part[2:] for part in new]
+                of_angles[0] = updated[1]
         return node
 
 
@@ -407,10 +408,6 @@ class RepflowGeometry:
         if not self.options.use_exp_switch:
             return switch(r, rcut_smth, rcut)
         return torch.exp(-torch.exp((torch.clamp(r, max=rcut) - rcut_smth) * (20.0 / rcut_smth)))
-
-
-def _named(weights: Weights, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
 def _beside_zeros(w: Tensor) -> Tensor:

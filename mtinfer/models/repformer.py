@@ -22,7 +22,7 @@ from ..inputs import ParameterSpec
 from .environment import Environment, statistics, statistics_parameters
 from .fading_softmax import SHIFT, fading_softmax, saturated_slots, slot_occupancy
 from .gather import Index, gather, settled
-from .layers import Weights, activation, required, row_sum, safe_norm, switch
+from .layers import Weights, activation, required, row_sum, safe_norm, switch, without_prefix
 from .layout import Argument
 from .stage import Call, Nearby, Tensors, joined, pieces
 
@@ -294,7 +294,7 @@ class Repformer:
         shape (n, g1_dim)
         """
         geometry = RepformerGeometry(self, has_occupancy=saturated is not None)
-        own = _named(weights, _GEOMETRY)
+        own = without_prefix(weights, _GEOMETRY)
         given = [division.of_slots(displacements), division.of_centers(types)]
         if saturated is not None:
             given.append(division.of_slots(saturated))
@@ -304,7 +304,7 @@ class Repformer:
         g1 = activation(self.options.activation_function)(g1)
         for k in range(self.options.nlayers):
             layer = RepformerLayer(self, self._edge_updates(k), has_occupancy=saturated is not None)
-            own = _named(weights, f"{BLOCK}.layers.{k}.")
+            own = without_prefix(weights, f"{BLOCK}.layers.{k}.")
             of_g1 = division.of_centers(g1), division.of_nearby(g1)
             new = [
                 call(layer, (mine, near, *rest), index, own)
@@ -318,10 +318,6 @@ class Repformer:
         """`saturated_slots` of padded displacements, shape (n, m, 3) -> (n, m)."""
         r = torch.linalg.vector_norm(displacements, dim=-1)
         return saturated_slots(switch(r, self.options.rcut_smth, self.options.rcut), self.options.nsel)
-
-
-def _named(weights: Weights, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoint.heads import DEFAULT_HEAD, check_aliases
 from ..checkpoint.refusals import refusal
 from ..errors import CheckpointError, ConfigError, nearest
+from ..models.hybrid import member_name
 from . import schema
 from .loss import LossConfig
 from .schema import complete
@@ -197,7 +198,7 @@ def _references(entry: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     members = descriptor.get("list") if isinstance(descriptor, Mapping) else None
     for index, member in enumerate(members if isinstance(members, list) else ()):
         if isinstance(member, str):
-            yield f"descriptor.descrpt_list.{index}", members, index
+            yield member_name(index, "descriptor"), members, index
 
 
 def _check_places(used: Mapping[tuple[str, str], Any]) -> None:

@@ -14,6 +14,7 @@ from ..checkpoint.sharing import is_trainable
 from ..errors import TrainingError
 from ..inputs import ParameterSpec
 from ..models import EnergyModel
+from ..models.hybrid import MEMBERS
 from .config import Link, TrainConfig
 from .statistics import TaskStatistics, environment_weights, merged, parameter_weights, stat_blocks
 
@@ -22,7 +23,6 @@ __all__ = ["Owners", "initial_weights", "set_statistics", "trained_names"]
 #: head -> canonical name -> tensor; heads that share a weight hold the same tensor
 AllWeights = dict[str, dict[str, Tensor]]
 
-MEMBERS = "descriptor.descrpt_list."
 #: weights of a fitting net that every head keeps to itself
 _OWN_OF_FITTING = ("fitting_net.bias_atom_e", "fitting_net.case_embd")
 
