@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +155,8 @@ class Figures:
 
     architecture: str
     engine: str
+    #: radial embedding nets evaluated by series
+    tabulated: bool
     n_atoms: int
     n_edges: int
     #: reading the file, s
@@ -202,7 +203,9 @@ def water(n_atoms: int, seed: int = 0) -> ase.Atoms:
     return atoms
 
 
-def measure(architecture: str, n_atoms: int, *, steps: int, threads: int, device: str) -> Figures:
+def measure(
+    architecture: str, n_atoms: int, *, steps: int, threads: int, device: str, tabulate: bool
+) -> Figures:
     """Measure mtinfer in a fresh process."""
     request = {
         "architecture": architecture,
@@ -210,6 +213,7 @@ def measure(architecture: str, n_atoms: int, *, steps: int, threads: int, device
         "steps": steps,
         "threads": threads,
         "device": device,
+        "tabulate": tabulate,
     }
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "mtinfer.bench", json.dumps(request)]
@@ -257,7 +261,9 @@ def _write_checkpoint(path: Path, architecture: str) -> None:
     write_random_checkpoint(path, {"type_map": ["O", "H"], **ARCHITECTURES[architecture]})
 
 
-def _measure_here(architecture: str, n_atoms: int, steps: int, threads: int, device: str) -> Figures:
+def _measure_here(
+    architecture: str, n_atoms: int, steps: int, threads: int, device: str, tabulate: bool
+) -> Figures:
     from .calculator import MTCalculator
 
     torch.set_num_threads(threads)
@@ -265,7 +271,7 @@ def _measure_here(architecture: str, n_atoms: int, steps: int, threads: int, dev
         checkpoint = Path(folder) / "model.pt"
         _write_checkpoint(checkpoint, architecture)
         began = time.perf_counter()
-        calculator = MTCalculator(checkpoint, head="water", device=device, compile="wait")
+        calculator = MTCalculator(checkpoint, head="water", device=device, compile="wait", tabulate=tabulate)
     load_s = time.perf_counter() - began
     atoms = water(n_atoms)
     start = atoms.get_positions()
@@ -283,6 +289,7 @@ def _measure_here(architecture: str, n_atoms: int, steps: int, threads: int, dev
     return Figures(
         architecture=architecture,
         engine="mtinfer",
+        tabulated=tabulate,
         n_atoms=n_atoms,
         n_edges=n_edges,
         load_s=load_s,
@@ -374,39 +381,41 @@ def _peak_rss_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def report(figures: Sequence[Figures], deepmd: dict[tuple[str, int], dict[str, dict[str, Any]]]) -> str:
-    """Figures as a Markdown table; the last columns compare with the fastest form of deepmd-kit."""
-    lines = [
+#: columns of the table of `row`, as Markdown
+HEADER = "\n".join(
+    [
         "| model | atoms | ms/step | atoms·step/s | over roofline | peak MiB | first call s | graphs "
         "| deepmd-kit ms/step | speed | memory |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in figures:
-        forms = deepmd.get((row.architecture, row.n_atoms), {})
-        ran = {form: value for form, value in forms.items() if "median_ms" in value}
-        theirs = ["", "", ""]
-        if ran:
-            form, best = min(ran.items(), key=lambda item: item[1]["median_ms"])
-            theirs = [
-                f"{best['median_ms']:.1f} ({form})",
-                f"{best['median_ms'] / row.median_ms:.1f}x",
-                f"{row.peak_rss_mib / best['peak_rss_mib']:.2f}x",
-            ]
-        elif forms:
-            theirs[0] = "failed"
-        cells = [
-            row.architecture,
-            f"{row.n_atoms}",
-            f"{row.median_ms:.1f}",
-            f"{row.atom_steps_per_second:.0f}",
-            f"{row.median_ms / row.roofline_ms:.1f}x of {row.roofline_ms:.1f}",
-            f"{row.peak_rss_mib:.0f}",
-            f"{row.first_call_s:.1f}",
-            f"{row.graphs_compiled}",
-            *theirs,
+)
+
+
+def row(figures: Figures, forms: dict[str, dict[str, Any]]) -> str:
+    """Figures as a row of a Markdown table; the last columns compare with deepmd-kit's fastest form."""
+    ran = {form: value for form, value in forms.items() if "median_ms" in value}
+    theirs = ["", "", ""]
+    if ran:
+        form, best = min(ran.items(), key=lambda item: item[1]["median_ms"])
+        theirs = [
+            f"{best['median_ms']:.1f} ({form})",
+            f"{best['median_ms'] / figures.median_ms:.1f}x",
+            f"{figures.peak_rss_mib / best['peak_rss_mib']:.2f}x",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    elif forms:
+        theirs[0] = "failed"
+    cells = [
+        figures.architecture + (", tabulated" if figures.tabulated else ""),
+        f"{figures.n_atoms}",
+        f"{figures.median_ms:.1f}",
+        f"{figures.atom_steps_per_second:.0f}",
+        f"{figures.median_ms / figures.roofline_ms:.1f}x of {figures.roofline_ms:.1f}",
+        f"{figures.peak_rss_mib:.0f}",
+        f"{figures.first_call_s:.1f}",
+        f"{figures.graphs_compiled}",
+        *theirs,
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class MTCalculator(Calculator):
         file (checkpoint or converted), or a loaded `Potential`, which calculators may share.
     head
         name or alias; may be left out where the file has only one.
-    device, dtype, compile
+    device, dtype, compile, tabulate
         as in `mtinfer.load`; only where `model` is a file.
     skin
         Å by which the neighbour search exceeds the cutoff; a new search is made only when atoms may have
@@ -65,6 +65,7 @@ class MTCalculator(Calculator):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         compile: bool | CompileMode = True,
+        tabulate: bool = False,
         skin: float = 1.0,
         type_dict: Mapping[str, int] | None = None,
         **kwargs: Any,
@@ -75,13 +76,13 @@ class MTCalculator(Calculator):
             raise ValueError(f"skin={skin} is negative; give 0 or more, in Å")
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         if isinstance(model, Potential):
-            if device is not None or dtype is not None:
+            if device is not None or dtype is not None or tabulate:
                 raise TypeError(
-                    "device= and dtype= belong to mtinfer.load; the model given is loaded already"
+                    "device=, dtype= and tabulate= belong to mtinfer.load; the model given is loaded already"
                 )
             self.potential = model
         else:
-            self.potential = load(model, device=device, dtype=dtype, compile=compile)
+            self.potential = load(model, device=device, dtype=dtype, compile=compile, tabulate=tabulate)
         self._state = self.potential.head(head)
         self._lists: dict[float, VerletList] = {}
         self.skin = skin

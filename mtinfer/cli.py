@@ -17,6 +17,7 @@ from .train.commands import train, verify
 if TYPE_CHECKING:
     from .data import Frame
     from .evaluate import Evaluation
+    from .graph import CompileMode
     from .potential import Potential
 
 #: atoms, summed over frames and heads, from which compiling pays; a graph costs about as much as evaluating
@@ -143,6 +144,7 @@ def convert(
     show_default=True,
     help="Compile the graph; auto: where the amount of work pays for it.",
 )
+@click.option("--tabulate", is_flag=True, help="Evaluate radial embedding nets by series (mtinfer.load).")
 def evaluate(
     model: Path,
     data: tuple[Path, ...],
@@ -154,6 +156,7 @@ def evaluate(
     device: str | None,
     dtype: str | None,
     compile_: str,
+    tabulate: bool,
 ) -> None:
     """Score heads of MODEL on labelled DATA.
 
@@ -169,7 +172,8 @@ def evaluate(
             check_output(path)
     if plot is not None:
         check_output(plot, suffixes=PLOT_SUFFIXES)
-    potential = load(model, device=device, dtype=dtype, compile="wait" if compile_ == "on" else "off")
+    mode: CompileMode = "wait" if compile_ == "on" else "off"
+    potential = load(model, device=device, dtype=dtype, compile=mode, tabulate=tabulate)
     chosen = _chosen_heads(potential, heads)
     type_maps = {potential.head(name).model.type_map for name in chosen}
     frames = read_frames(data, type_map=type_maps.pop() if len(type_maps) == 1 else None)
@@ -238,6 +242,7 @@ def _report(
 @click.option("--steps", type=int, default=10, show_default=True, help="Steps that count.")
 @click.option("--threads", type=int, default=2, show_default=True, help="CPU threads.")
 @click.option("--device", default="cpu", show_default=True, help="Torch device.")
+@click.option("--tabulate", is_flag=True, help="Evaluate radial embedding nets by series.")
 @click.option(
     "--deepmd-python",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -256,6 +261,7 @@ def bench(
     steps: int,
     threads: int,
     device: str,
+    tabulate: bool,
     deepmd_python: Path | None,
     deepmd_script: Path,
 ) -> None:
@@ -265,21 +271,27 @@ def bench(
     time per step, atoms·step/s, time over the roofline of its matrix products (operations and bytes), peak
     memory, time of the first call and number of graphs compiled.
     """
-    from .bench import ARCHITECTURES, measure, measure_deepmd, report
+    from .bench import ARCHITECTURES, HEADER, measure, measure_deepmd, row
 
     for name in architectures:
         if name not in ARCHITECTURES:
             raise click.UsageError(f"unknown architecture {name!r}; known are {', '.join(ARCHITECTURES)}")
-    figures, deepmd = [], {}
+    if deepmd_python is not None and not deepmd_script.is_file():
+        raise click.UsageError(
+            f"no such script: {str(deepmd_script)!r}; run from the root of the repository, or name it with "
+            "--deepmd-script"
+        )
+    click.echo(HEADER)
     for name in architectures or ARCHITECTURES:
         for n_atoms in atoms:
             click.echo(f"{name}, {n_atoms} atoms …", err=True)
-            figures.append(measure(name, n_atoms, steps=steps, threads=threads, device=device))
+            figures = measure(name, n_atoms, steps=steps, threads=threads, device=device, tabulate=tabulate)
+            theirs = {}
             if deepmd_python is not None:
-                deepmd[name, n_atoms] = measure_deepmd(
+                theirs = measure_deepmd(
                     deepmd_python, deepmd_script, name, n_atoms, steps=steps, threads=threads
                 )
-    click.echo(report(figures, deepmd))
+            click.echo(row(figures, theirs))
 
 
 main.add_command(train)

@@ -418,20 +418,30 @@ class DPA1:
         descriptor, shape (n, width), and types, shape (n,)
         """
         types, pair, empty_pair, n_empty, n_phantom = tensors
-        n_empty, n_phantom = n_empty.to(self.dtype), n_phantom.to(self.dtype)
-        mean, stddev = (weights[f"{self.block}.{name}"][types].unsqueeze(1) for name in ("mean", "stddev"))
-        rows, w, mask = self.environment.rows(displacements[0].to(self.dtype), mean, stddev)
+        rows, w, mask = self.rows(displacements[0], types, weights)
         g = self.pair_network(rows[..., :1], w, pair, weights)
         if self.attention.n_layers:
             # each centre's phantoms: the slots that upstream has and this array lacks
-            g = self.attention(g, rows, w, mask, n_phantom[:, None, None], weights)
+            n_phantom = n_phantom.to(self.dtype)[:, None, None]
+            g = self.attention(g, rows, w, mask, n_phantom, weights)
         moment = rows.transpose(1, 2) @ g
+        return self.features(moment, types, empty_pair, n_empty, weights), types
+
+    def rows(self, displacements: Tensor, types: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        """Environment rows, switch and mask of every slot; see `Environment.rows`."""
+        mean, stddev = (weights[f"{self.block}.{name}"][types].unsqueeze(1) for name in ("mean", "stddev"))
+        return self.environment.rows(displacements.to(self.dtype), mean, stddev)
+
+    def features(
+        self, moment: Tensor, types: Tensor, empty_pair: Tensor, n_empty: Tensor, weights: Weights
+    ) -> Tensor:
+        """Descriptor, shape (n, width), from the moment of the neighbours, shape (n, 4, g)."""
         empty = lookup(weights[f"{self.block}.empty"], empty_pair)
-        moment = add_to_first_row(moment, n_empty.unsqueeze(1) * empty)
+        moment = add_to_first_row(moment, n_empty.to(self.dtype).unsqueeze(1) * empty)
         features = invariants(moment / self.sel, self.axis_neuron)
-        if self.concat_output_tebd:
-            features = torch.cat([features, lookup(weights["descriptor.type_embedding"], types)], dim=1)
-        return features, types
+        if not self.concat_output_tebd:
+            return features
+        return torch.cat([features, lookup(weights["descriptor.type_embedding"], types)], dim=1)
 
 
 def _is_strip(config: Mapping[str, Any]) -> bool:

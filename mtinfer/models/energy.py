@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,9 +22,11 @@ from .stage import Call
 class Descriptor(Protocol):
     """What every descriptor offers. It is called on the arguments that `layouts` made."""
 
-    selection: Selection
+    @property
+    def selection(self) -> Selection: ...
+
     #: one fitting net for all types, or one per centre type (then: one weight group per type)
-    mixed_types: bool
+    mixed_types: ClassVar[bool]
 
     @property
     def rcut(self) -> float: ...

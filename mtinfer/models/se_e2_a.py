@@ -5,7 +5,7 @@ Zhang et al., NeurIPS 2018, arXiv:1805.09003.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +87,8 @@ class SeE2A:
         """Width of the descriptor of one atom."""
         return self.neuron[-1] * self.axis_neuron
 
-    def _network(self, index: int) -> Network:
+    def network(self, index: int) -> Network:
+        """Embedding net of a neighbour type, or of a pair of types, by its stored index."""
         return Network(
             f"{_BLOCK}.embeddings.{index}", (1, *self.neuron), self.activation, self.resnet_dt, self.dtype
         )
@@ -96,7 +97,7 @@ class SeE2A:
         """Return name -> shape and dtype of every weight."""
         specs = statistics_parameters(_BLOCK, self.n_types, sum(self.sel), self.dtype)
         for index in range(self.n_types if self.one_sided else self.n_types**2):
-            specs |= self._network(index).parameters()
+            specs |= self.network(index).parameters()
         return specs
 
     def prepare(self, weights: Weights) -> list[dict[str, Tensor]]:
@@ -108,9 +109,9 @@ class SeE2A:
         group = {"descriptor.mean": mean, "descriptor.stddev": stddev}
         s = (-mean / stddev)[:1].reshape(1, 1)
         for t in range(self.n_types):
-            stored = self._network(t if self.one_sided else t * self.n_types + center)
+            stored = self.network(t if self.one_sided else t * self.n_types + center)
             for name in stored.parameters():
-                group[self._network(t).prefix + name.removeprefix(stored.prefix)] = weights[name]
+                group[self.network(t).prefix + name.removeprefix(stored.prefix)] = weights[name]
             # an empty slot takes part with a raw row of zeros
             group[f"descriptor.empty.{t}"] = s * stored(s, weights)
         return group
@@ -162,6 +163,20 @@ class SeE2A:
         -------
         descriptor, shape (n, width), and types, shape (n,)
         """
+
+        def moment(t: int, rows: Tensor) -> Tensor:
+            return rows.transpose(1, 2) @ self.network(t)(rows[..., :1], weights)
+
+        return self.describe(displacements, tensors, weights, moment)
+
+    def describe(
+        self,
+        displacements: tuple[Tensor, ...],
+        tensors: tuple[Tensor, ...],
+        weights: Weights,
+        moment_of: Callable[[int, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Do what a call does, given the moment (n, 4, g) of neighbour type t and its rows (n, m_t, 4)."""
         types, n_empty = tensors
         n_empty = n_empty.to(self.dtype)
         moment = torch.zeros((), dtype=self.dtype, device=types.device)
@@ -170,8 +185,7 @@ class SeE2A:
             rows, _, _ = self.environment.rows(
                 vectors.to(self.dtype), weights["descriptor.mean"], weights["descriptor.stddev"]
             )
-            g = self._network(t)(rows[..., :1], weights)
-            moment = moment + rows.transpose(1, 2) @ g
+            moment = moment + moment_of(t, rows)
             empty = empty + n_empty[:, t : t + 1] * weights[f"descriptor.empty.{t}"]
         moment = add_to_first_row(moment, empty) / sum(self.sel)
         return invariants(moment, self.axis_neuron), types
