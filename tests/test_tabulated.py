@@ -124,8 +124,14 @@ def test_calculator_takes_it() -> None:
 def test_other_heads_of_a_file_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match="head 'water': only se_e2_a, and se_atten in strip"):
         mtinfer.load(DATA / "reference/checkpoints/dpa3-shared-pt.pt", device="cpu", tabulate=True)
-    with pytest.raises(UnsupportedModelError, match="only se_atten in strip mode without attention"):
+    with pytest.raises(UnsupportedModelError, match="se_atten in strip mode without attention"):
         mtinfer.load(DATA / "reference/checkpoints/dpa1-separate-pt.pt", device="cpu", tabulate=True)
+
+
+def test_a_head_that_saw_no_element_is_refused(eager: Callable[..., mtinfer.Potential]) -> None:
+    descriptor = eager(STRIP).head("water").model.descriptor
+    with pytest.raises(UnsupportedModelError, match="for elements that the head saw in training"):
+        tabulated(descriptor, {}, [])
 
 
 def test_a_net_too_steep_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -136,27 +136,22 @@ def _interval(mean: Tensor, stddev: Tensor, protection: float) -> tuple[Tensor, 
     return torch.minimum(far.min(), zero), torch.maximum(near.max(), zero)
 
 
+_Exact = TypeVar("_Exact", DPA1, SeE2A)
+
+_REFUSED = (
+    "only se_e2_a, and se_atten in strip mode without attention, can be tabulated, for elements that the "
+    "head saw in training; evaluate it without tabulate"
+)
+
+
 @dataclass(frozen=True)
-class TabulatedDPA1:
-    """`DPA1` in strip mode without attention, by series. Types outside of `types` are not covered."""
+class _Tabulated(Generic[_Exact]):
+    """What a tabulated descriptor has of the one that it stands for."""
 
-    exact: DPA1
+    exact: _Exact
     n_terms: int
+    #: types that the series cover
     types: tuple[int, ...] = field(repr=False)
-
-    mixed_types: ClassVar[bool] = True
-
-    @classmethod
-    def of(cls, exact: DPA1, weights: Weights, types: tuple[int, ...]) -> TabulatedDPA1:
-        """Find the number of terms; raise UnsupportedModelError where a series does not fit."""
-        if not exact.pair_network.strip or exact.attention.n_layers:
-            raise UnsupportedModelError(
-                "only se_atten in strip mode without attention can be tabulated; evaluate it without tabulate"
-            )
-        (group,) = exact.prepare(weights)
-        draft = cls(exact, _MOST_TERMS, types)
-        lowest, highest, net = draft._radial(_in_float64(group))
-        return replace(draft, n_terms=_terms(net, lowest, highest, _TOLERANCE[exact.dtype]))
 
     @property
     def selection(self) -> Selection:
@@ -171,6 +166,27 @@ class TabulatedDPA1:
         """Width of the descriptor of one atom."""
         return self.exact.width
 
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """Return name -> shape and dtype of every weight."""
+        return self.exact.parameters()
+
+
+@dataclass(frozen=True)
+class TabulatedDPA1(_Tabulated[DPA1]):
+    """`DPA1` in strip mode without attention, by series. Types outside of `types` are not covered."""
+
+    mixed_types: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, exact: DPA1, weights: Weights, types: tuple[int, ...]) -> TabulatedDPA1:
+        """Find the number of terms; raise UnsupportedModelError where a series does not fit."""
+        if not exact.pair_network.strip or exact.attention.n_layers:
+            raise UnsupportedModelError(_REFUSED)
+        (group,) = exact.prepare(weights)
+        draft = cls(exact, _MOST_TERMS, types)
+        lowest, highest, net = draft._radial(_in_float64(group))
+        return replace(draft, n_terms=_terms(net, lowest, highest, _TOLERANCE[exact.dtype]))
+
     @property
     def _series(self) -> ChebyshevSeries:
         return ChebyshevSeries(f"{self.exact.block}.series", self.n_terms)
@@ -181,10 +197,6 @@ class TabulatedDPA1:
         lowest, highest = _interval(mean, stddev, self.exact.environment.protection)
         shift = group[f"{block}.pair_shift"]
         return lowest, highest, lambda s: network.radial.on_scalar(s, s, shift, group)
-
-    def parameters(self) -> dict[str, ParameterSpec]:
-        """Return name -> shape and dtype of every weight."""
-        return self.exact.parameters()
 
     def prepare(self, weights: Weights) -> list[dict[str, Tensor]]:
         """Weights for the graph, in the single group of this descriptor."""
@@ -250,12 +262,8 @@ class TabulatedDPA1:
 
 
 @dataclass(frozen=True)
-class TabulatedSeE2A:
+class TabulatedSeE2A(_Tabulated[SeE2A]):
     """`SeE2A` by series, one per neighbour type and weight group. Types outside `types` are not covered."""
-
-    exact: SeE2A
-    n_terms: int
-    types: tuple[int, ...] = field(repr=False)
 
     mixed_types: ClassVar[bool] = False
 
@@ -269,19 +277,6 @@ class TabulatedSeE2A:
         needed = [_terms(net, lowest, highest, tolerance) for lowest, highest, net in radial]
         return replace(draft, n_terms=max(needed))
 
-    @property
-    def selection(self) -> Selection:
-        return self.exact.selection
-
-    @property
-    def rcut(self) -> float:
-        return self.exact.rcut
-
-    @property
-    def width(self) -> int:
-        """Width of the descriptor of one atom."""
-        return self.exact.width
-
     def _series(self, t: int) -> ChebyshevSeries:
         return ChebyshevSeries(f"descriptor.series.{t}", self.n_terms)
 
@@ -290,10 +285,6 @@ class TabulatedSeE2A:
         lowest, highest = _interval(mean, stddev, self.exact.environment.protection)
         network = self.exact.network(t)
         return lowest, highest, lambda s: network(s, group)
-
-    def parameters(self) -> dict[str, ParameterSpec]:
-        """Return name -> shape and dtype of every weight."""
-        return self.exact.parameters()
 
     def prepare(self, weights: Weights) -> list[dict[str, Tensor]]:
         """Weights for the graph, one group per centre type."""
@@ -344,12 +335,10 @@ def tabulated(descriptor: Any, weights: Weights, types: Iterable[int]) -> Tabula
         If the descriptor has no radial nets that stand alone, or one that needs too many terms.
     """
     kinds: dict[type, Any] = {DPA1: TabulatedDPA1, SeE2A: TabulatedSeE2A}
-    if type(descriptor) not in kinds:
-        raise UnsupportedModelError(
-            "only se_e2_a, and se_atten in strip mode without attention, can be tabulated; "
-            "evaluate it without tabulate"
-        )
-    found: TabulatedDPA1 | TabulatedSeE2A = kinds[type(descriptor)].of(descriptor, weights, tuple(types))
+    covered = tuple(types)
+    if type(descriptor) not in kinds or not covered:
+        raise UnsupportedModelError(_REFUSED)
+    found: TabulatedDPA1 | TabulatedSeE2A = kinds[type(descriptor)].of(descriptor, weights, covered)
     return found
 
 
