@@ -40,8 +40,8 @@ class Candidates:
         cell
             shape (3, 3), rows are the cell vectors, Å.
         """
-        apart = positions.index_select(0, self.neighbors) - positions.index_select(0, self.centers)
-        return torch.addmm(apart, self.shifts, cell)
+        moved = positions.index_select(0, self.neighbors) - positions.index_select(0, self.centers)
+        return moved.add_(self.shifts @ cell)
 
     def to(self, device: torch.device) -> Candidates:
         """Copy to `device`; no copy where it is there already."""
@@ -185,10 +185,12 @@ def graph_inputs(
         cell = torch.from_numpy(np.array(atoms.cell, dtype=np.float64)).to(device)
         pairs = pairs.to(device)
         vectors = pairs.displacements(positions, cell)
-        inside = ((vectors * vectors).sum(1) <= rcut * rcut).nonzero().squeeze(1)
-        centers.append(pairs.centers[inside] + offset)
-        neighbors.append(pairs.neighbors[inside] + offset)
-        displacements.append(vectors[inside])
+        # a product with ones is several times as fast as a sum over three columns
+        squared = (vectors * vectors) @ vectors.new_ones(3)
+        inside = (squared <= rcut * rcut).nonzero().squeeze(1)
+        centers.append(pairs.centers.index_select(0, inside) + offset)
+        neighbors.append(pairs.neighbors.index_select(0, inside) + offset)
+        displacements.append(vectors.index_select(0, inside))
         offset += pairs.n_atoms
     sizes = torch.tensor([len(atoms) for atoms in structures])
     return GraphInputs(

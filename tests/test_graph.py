@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import platform
 import re
 import stat
 import subprocess
@@ -101,6 +102,8 @@ def structure(head: str, n_atoms: int, *, periodic: bool) -> ase.Atoms:
 def test_one_graph_for_all_heads_sizes_and_steps(
     path: Path, n_steps: int, store: Path, eager: Callable[..., Potential]
 ) -> None:
+    single = path.name.startswith("dpa3")  # its weights are float32
+    of_energy, of_forces = (1e-7, 1e-5) if single else (1e-12, 1e-10)
     potential = mtinfer.load(path, device="cpu", compile="wait")
     assert len(potential.heads) == 3
     for head, n_atoms, periodic in itertools.product(potential.heads, (1, 2, 31, 96), (False, True)):
@@ -111,8 +114,10 @@ def test_one_graph_for_all_heads_sizes_and_steps(
                 atoms, 0.2 * units.fs, 100, 0.1 * units.GPa, tdamp=20 * units.fs, pdamp=200 * units.fs
             ).run(n_steps)
         expected = eager(path).evaluate(atoms, head)
-        assert atoms.get_potential_energy() == pytest.approx(expected.energy, rel=1e-12, abs=1e-9)
-        np.testing.assert_allclose(atoms.get_forces(), expected.forces, rtol=1e-10, atol=1e-10)
+        assert atoms.get_potential_energy() == pytest.approx(
+            expected.energy, rel=of_energy, abs=1e3 * of_energy
+        )
+        np.testing.assert_allclose(atoms.get_forces(), expected.forces, rtol=of_forces, atol=of_forces)
     assert potential.graphs_compiled == 1
     assert [graph.is_compiled for graph in potential.graphs] == [True]
     assert len(list(store.glob("*.graph"))) == 1
@@ -307,6 +312,35 @@ print(*(w.message for w in caught if w.category is GraphWarning), sep="\\n")
     assert len(done.stdout.splitlines()) == 1
     assert "could not be compiled" in done.stdout
     assert "evaluating eagerly" in done.stdout
+
+
+PAGE_FAULTS = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from test_graph import small_graph
+
+def call():
+    return [torch.ones(2**19, dtype=torch.float64) for _ in range(5)]
+
+def page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+small_graph()
+call(), call()
+before = page_faults()
+for _ in range(10):
+    call()
+print(page_faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other habits")
+def test_memory_that_a_call_frees_is_kept_for_the_next() -> None:
+    command = [sys.executable, "-c", PAGE_FAULTS, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100
 
 
 def wrong(x: Tensor, rows: Tensor, w: Tensor) -> tuple[Tensor, ...]:

@@ -24,7 +24,17 @@ from .environment import (
 )
 from .gather import lookup
 from .layers import Network, Weights, layer_norm, precision, required, safe_norm
-from .layout import Argument, Block, Layout, Padding, Pairs, Selection, far_away, ragged_take, row_chunks
+from .layout import (
+    Argument,
+    Layout,
+    Pairs,
+    Selection,
+    far_away,
+    on_slots,
+    padded_rows,
+    row_chunks,
+    with_empty,
+)
 
 
 @dataclass(frozen=True)
@@ -366,39 +376,39 @@ class DPA1:
     def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]:
         """Padded neighbour matrices, a few centres each."""
         counts = torch.bincount(pairs.centers, minlength=inputs.n_atoms)
-        return [self.layout(inputs, pairs, counts, atoms) for atoms in row_chunks(counts, split=split)]
+        return self.matrices(inputs, pairs, counts, row_chunks(counts, split=split))
 
-    def layout(self, inputs: GraphInputs, pairs: Pairs, counts: Tensor, atoms: Tensor) -> Layout:
-        """One padded neighbour matrix.
+    def matrices(
+        self, inputs: GraphInputs, pairs: Pairs, counts: Tensor, calls: Sequence[Tensor]
+    ) -> list[Layout]:
+        """One padded neighbour matrix per call.
 
         Parameters
         ----------
         counts
             shape (n_atoms,), pairs of every centre.
-        atoms
-            shape (n,), the centres.
+        calls
+            centres of each, shape (n,).
         """
-        n_types = self.n_types
-        own = ragged_take(counts, atoms)
-        padding = Padding.of(counts[atoms])
-        edges = pairs.edges[own]
-        vectors = inputs.displacements[edges]
-        pair_type = inputs.types[pairs.centers[own]] * n_types + inputs.types[pairs.neighbors[own]]
-        types = inputs.types[atoms]
-        first = inputs.types[torch.searchsorted(inputs.frames, inputs.frames[atoms])]
-        return Layout(
-            group=0,
-            displacements=(padding(vectors, far_away(vectors, self.rcut)),),
-            tensors=(
-                types,
-                padding(pair_type, 0),
-                types * n_types + first,
-                pairs.n_empty[atoms, 0].to(torch.float64),
-                pairs.n_phantom[atoms].to(torch.float64),
-            ),
-            blocks=(Block(padding.slots, edges),),
-            atoms=atoms,
-        )
+        vectors = with_empty(inputs.displacements, far_away(inputs.displacements, self.rcut))
+        pair_edges = with_empty(pairs.edges, vectors.shape[0] - 1)
+        types_j = with_empty(inputs.types.index_select(0, pairs.neighbors), 0)
+        types_i = inputs.types * self.n_types
+        empty_pairs = types_i + inputs.types[torch.searchsorted(inputs.frames, inputs.frames)]
+        n_empty, n_phantom = pairs.n_empty[:, 0].to(torch.float64), pairs.n_phantom.to(torch.float64)
+        layouts = []
+        for atoms in calls:
+            slots = padded_rows(counts, atoms)
+            edges = on_slots(pair_edges, slots)
+            tensors = (
+                inputs.types[atoms],
+                types_i[atoms].unsqueeze(1) + on_slots(types_j, slots),
+                empty_pairs[atoms],
+                n_empty[atoms],
+                n_phantom[atoms],
+            )
+            layouts.append(Layout(0, (on_slots(vectors, edges),), tensors, (edges,), atoms))
+        return layouts
 
     def __call__(
         self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights

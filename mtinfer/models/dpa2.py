@@ -17,7 +17,17 @@ from .dpa1 import DPA1
 from .environment import Environment, TypeEmbedding
 from .gather import Index, lookup
 from .layers import Weights, precision, required
-from .layout import EMPTY_BEYOND, Argument, Block, Layout, Padding, Pairs, Selection, far_away, ragged_take
+from .layout import (
+    EMPTY_BEYOND,
+    Argument,
+    Layout,
+    Pairs,
+    Selection,
+    far_away,
+    on_slots,
+    padded_rows,
+    with_empty,
+)
 from .repformer import BLOCK, Division, Repformer, RepformerOptions
 from .stage import Call, Tensors, directly, joined
 from .three_body import ThreeBody
@@ -196,7 +206,7 @@ class DPA2:
         row = torch.empty_like(atoms)
         row[atoms] = torch.arange(inputs.n_atoms).to(atoms)
         counts = torch.bincount(pairs.centers, minlength=inputs.n_atoms)
-        layout = self.repinit.layout(inputs, pairs, counts, atoms)
+        (layout,) = self.repinit.matrices(inputs, pairs, counts, [atoms])
         layout, neighbors = _extended(layout, inputs, pairs.inner[0], self.repformer.environment.rcut)
         neighbors = row[neighbors]
         tensors = [*layout.tensors, neighbors, *Index.of(neighbors.flatten(), inputs.n_atoms)[1:]]
@@ -367,15 +377,15 @@ def _extended(layout: Layout, inputs: GraphInputs, pairs: Pairs, rcut: float) ->
     Empty slots name the first atom.
     """
     counts = torch.bincount(pairs.centers, minlength=inputs.n_atoms)
-    own = ragged_take(counts, layout.atoms)
-    padding, edges = Padding.of(counts[layout.atoms]), pairs.edges[own]
-    vectors = inputs.displacements[edges]
+    slots = padded_rows(counts, layout.atoms)
+    vectors = with_empty(inputs.displacements, far_away(inputs.displacements, rcut))
+    edges = on_slots(with_empty(pairs.edges, vectors.shape[0] - 1), slots)
     layout = replace(
         layout,
-        displacements=(*layout.displacements, padding(vectors, far_away(vectors, rcut))),
-        blocks=(*layout.blocks, Block(padding.slots, edges)),
+        displacements=(*layout.displacements, on_slots(vectors, edges)),
+        blocks=(*layout.blocks, edges),
     )
-    return layout, padding(pairs.neighbors[own], 0)
+    return layout, on_slots(with_empty(pairs.neighbors, 0), slots)
 
 
 def _n_filled(displacements: Tensor, rcut: float) -> Tensor:

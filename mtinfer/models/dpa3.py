@@ -17,7 +17,7 @@ from ..inputs import GraphInputs, ParameterSpec
 from .environment import TypeEmbedding
 from .gather import Index, lookup
 from .layers import Weights, activation, precision, required
-from .layout import Argument, Block, Layout, Pairs, Selection, ranks
+from .layout import Argument, Layout, Pairs, Selection, ranks
 from .repflow import Division, Repflow, RepflowOptions
 from .repflow_layer import Lists
 from .stage import Call, directly
@@ -147,7 +147,7 @@ class DPA3:
                 group=0,
                 displacements=(inputs.displacements[pairs.edges],),
                 tensors=(inputs.types, *own, *lists.tensors),
-                blocks=(Block(torch.arange(pairs.edges.shape[0], device=pairs.edges.device), pairs.edges),),
+                blocks=(pairs.edges,),
                 atoms=torch.arange(inputs.n_atoms, device=inputs.types.device),
             )
         ]

@@ -269,11 +269,15 @@ def edge_gradients(
     layouts: Sequence[Layout], gradients: Sequence[Sequence[Tensor]], inputs: GraphInputs
 ) -> Tensor:
     """Collect the gradients of all layouts on the pairs of `inputs`, shape (n_edges, 3), eV/Å."""
-    total = torch.zeros_like(inputs.displacements)
-    for layout, arrays in zip(layouts, gradients, strict=True):
-        for block, gradient in zip(layout.blocks, arrays, strict=True):
-            total[block.edges] += gradient.reshape(-1, 3)[block.slots]
-    return total
+    n_edges = inputs.displacements.shape[0]
+    total = inputs.displacements.new_zeros(n_edges + 1, 3)  # the last is for empty slots
+    # layouts have no centre in common, hence no pair; blocks of one layout may
+    blocks = zip(*(layout.blocks for layout in layouts), strict=True)
+    for of_layouts, arrays in zip(blocks, zip(*gradients, strict=True), strict=True):
+        edges = torch.cat([block.flatten() for block in of_layouts])
+        values = torch.cat([gradient.reshape(-1, 3) for gradient in arrays])
+        total += torch.zeros_like(total).index_copy_(0, edges, values)
+    return total[:-1]
 
 
 def forces_and_virial(gradient: Tensor, inputs: GraphInputs) -> tuple[Tensor, Tensor]:
@@ -291,8 +295,8 @@ def forces_and_virial(gradient: Tensor, inputs: GraphInputs) -> tuple[Tensor, Te
     forces (n_atoms, 3), eV/Å, and virial (n_frames, 3, 3), eV
     """
     forces = gradient.new_zeros(inputs.n_atoms, 3)
-    forces.index_add_(0, inputs.centers, gradient)
-    forces.index_add_(0, inputs.neighbors, -gradient)
+    ends = torch.cat([inputs.centers, inputs.neighbors])
+    forces.index_add_(0, ends, torch.cat([gradient, -gradient]))
     # pairs are sorted by centre, hence by frame
     per_frame = torch.bincount(inputs.frames[inputs.centers], minlength=inputs.n_frames).tolist()
     pieces = zip(gradient.split(per_frame), inputs.displacements.split(per_frame), strict=True)

@@ -17,16 +17,6 @@ from ..inputs import GraphInputs
 
 
 @dataclass(frozen=True)
-class Block:
-    """One array of displacement slots and the pairs that fill it."""
-
-    #: (n_filled,) int64, position in the flattened slots
-    slots: Tensor
-    #: (n_filled,) int64, index of the pair in `GraphInputs`
-    edges: Tensor
-
-
-@dataclass(frozen=True)
 class Argument:
     """Declared shape of one argument of a graph.
 
@@ -47,8 +37,9 @@ class Layout:
     displacements: tuple[Tensor, ...]
     #: further arguments
     tensors: tuple[Tensor, ...]
-    #: one per displacement array
-    blocks: tuple[Block, ...]
+    #: one per displacement array, int64 of its leading axes: pair of `GraphInputs` on each slot, or the
+    #: number of all pairs where the slot is empty; no pair is on two slots of one array
+    blocks: tuple[Tensor, ...]
     #: (n_centers,) int64, atom of each row of the atomic energies
     atoms: Tensor
 
@@ -168,16 +159,20 @@ class _Working:
         return cls(inputs.centers, inputs.neighbors, edges)
 
     def take(self, index: Tensor) -> _Working:
-        return _Working(self.centers[index], self.neighbors[index], self.edges[index])
+        columns = (self.centers, self.neighbors, self.edges)
+        return _Working(*(column.index_select(0, index) for column in columns))
+
+    def keep(self, kept: Tensor) -> _Working:
+        return self.take(kept.nonzero().squeeze(1))
 
     def counts(self, n_atoms: int) -> Tensor:
         return torch.bincount(self.centers, minlength=n_atoms)
 
     def without(self, dropped: Tensor | None) -> _Working:
-        return self if dropped is None else self.take(~dropped)
+        return self if dropped is None else self.keep(~dropped)
 
     def within(self, rcut: float, displacements: Tensor) -> _Working:
-        return self.take(torch.linalg.vector_norm(displacements[self.edges], dim=-1) <= rcut)
+        return self.keep(torch.linalg.vector_norm(displacements[self.edges], dim=-1) <= rcut)
 
     def nearest_first(self, displacements: Tensor) -> _Working:
         distance = torch.linalg.vector_norm(displacements[self.edges], dim=-1)
@@ -185,7 +180,7 @@ class _Working:
         return self.take(by_distance[torch.argsort(self.centers[by_distance], stable=True)])
 
     def keep_ranks(self, n_atoms: int, sel: int) -> _Working:
-        return self.take(ranks(self.centers, n_atoms) < sel)
+        return self.keep(ranks(self.centers, n_atoms) < sel)
 
     def keep_sections(
         self, inputs: GraphInputs, section: Tensor, sel: Sequence[int]
@@ -202,7 +197,7 @@ class _Working:
         by_key = torch.argsort(key, stable=True)
         kept = torch.empty_like(key, dtype=torch.bool)
         kept[by_key] = ranks(key[by_key], inputs.n_atoms * len(sel)) < limits[section[by_key]]
-        return ordered.take(kept), section[kept]
+        return ordered.keep(kept), section[kept]
 
 
 def ranks(rows: Tensor, n_rows: int) -> Tensor:
@@ -212,53 +207,40 @@ def ranks(rows: Tensor, n_rows: int) -> Tensor:
     return torch.arange(rows.shape[0], device=rows.device) - starts[rows]
 
 
-@dataclass(frozen=True)
-class Padding:
-    """Places n_filled elements, grouped into rows, on an (n_rows, width) matrix."""
-
-    #: (n_filled,) int64, flat position of each element
-    slots: Tensor
-    n_rows: int
-    width: int
-
-    @classmethod
-    def of(cls, counts: Tensor) -> Padding:
-        """Build from the number of elements of each row, shape (n_rows,); elements come row by row."""
-        n_rows = counts.shape[0]
-        width = max(1, int(counts.max())) if n_rows else 1
-        starts = torch.cumsum(counts, 0) - counts
-        row_starts = torch.arange(n_rows, device=counts.device) * width - starts
-        offsets = torch.repeat_interleave(row_starts, counts)
-        return cls(torch.arange(offsets.shape[0], device=counts.device) + offsets, n_rows, width)
-
-    def __call__(self, values: Tensor, fill: float | Tensor) -> Tensor:
-        """Shape (n_filled, ...) -> (n_rows, width, ...), empty slots holding `fill`."""
-        tail = values.shape[1:]
-        padded = values.new_empty((self.n_rows * self.width, *tail))
-        padded[:] = fill
-        padded[self.slots] = values
-        return padded.reshape(self.n_rows, self.width, *tail)
-
-
-def ragged_take(counts: Tensor, rows: Tensor) -> Tensor:
-    """Elements of the given rows, in that order, where row r owns ``counts[r]`` consecutive elements.
+def padded_rows(counts: Tensor, rows: Tensor) -> Tensor:
+    """Elements of the given rows as a matrix, where row r owns ``counts[r]`` consecutive elements.
 
     Parameters
     ----------
     counts
         shape (n_rows,).
     rows
-        shape (n_taken,).
+        shape (n,).
 
     Returns
     -------
-    shape (sum of counts of the rows taken,), index of each element
+    shape (n, m), m >= 1, index of each element; empty slots, the last ones of each row, hold the number of
+    all elements
     """
     starts = torch.cumsum(counts, 0) - counts
-    taken = counts[rows]
-    ends = torch.cumsum(taken, 0)
-    offsets = torch.repeat_interleave(starts[rows] - ends + taken, taken)
-    return torch.arange(offsets.shape[0], device=rows.device) + offsets
+    taken = counts[rows].unsqueeze(1)
+    width = max(1, int(taken.max())) if rows.shape[0] else 1
+    slot = torch.arange(width, device=counts.device)
+    return torch.where(slot < taken, starts[rows].unsqueeze(1) + slot, counts.sum())
+
+
+def with_empty(values: Tensor, empty: float | Tensor) -> Tensor:
+    """Append the element that empty slots hold: shape (n, ...) -> (n + 1, ...)."""
+    extended = values.new_empty((values.shape[0] + 1, *values.shape[1:]))
+    extended[:-1] = values
+    extended[-1] = empty
+    return extended
+
+
+def on_slots(extended: Tensor, slots: Tensor) -> Tensor:
+    """Elements of an array made by `with_empty` on slots (...), as `padded_rows` makes them: (..., ...)."""
+    taken = extended.index_select(0, slots.flatten())
+    return taken.reshape(*slots.shape, *extended.shape[1:])
 
 
 def row_chunks(counts: Tensor, *, split: bool = True) -> list[Tensor]:

@@ -15,7 +15,17 @@ from torch import Tensor
 from ..inputs import GraphInputs, ParameterSpec
 from .environment import Environment, add_to_first_row, invariants, statistics, statistics_parameters
 from .layers import Network, Weights, precision, required
-from .layout import Argument, Block, Layout, Padding, Pairs, Selection, far_away, ragged_take, row_chunks
+from .layout import (
+    Argument,
+    Layout,
+    Pairs,
+    Selection,
+    far_away,
+    on_slots,
+    padded_rows,
+    row_chunks,
+    with_empty,
+)
 
 _BLOCK = "descriptor"
 
@@ -125,26 +135,22 @@ class SeE2A:
         """One call or several per centre type; one padded matrix per neighbour type."""
         n_types, n_atoms = self.n_types, inputs.n_atoms
         # pairs by neighbour type, then by centre: one section after the other
-        key = inputs.types[pairs.neighbors] * n_atoms + pairs.centers
-        edges = pairs.edges[torch.argsort(key, stable=True)]
-        vectors = inputs.displacements[edges]
-        counts = torch.bincount(key, minlength=n_types * n_atoms)
-        by_section = counts.reshape(n_types, n_atoms)
-        totals = by_section.sum(0)
+        section = inputs.types.index_select(0, pairs.neighbors)
+        by_type = torch.cat([(section == t).nonzero().squeeze(1) for t in range(n_types)])
+        vectors = with_empty(inputs.displacements, far_away(inputs.displacements, self.rcut))
+        pair_edges = with_empty(pairs.edges.index_select(0, by_type), vectors.shape[0] - 1)
+        counts = torch.bincount(section * n_atoms + pairs.centers, minlength=n_types * n_atoms)
+        totals = counts.reshape(n_types, n_atoms).sum(0)
         n_empty = pairs.n_empty.to(torch.float64)
         layouts = []
         for c in range(n_types):
             of_type = (inputs.types == c).nonzero().squeeze(1)
             for chunk in row_chunks(totals[of_type], split=split):
                 atoms = of_type[chunk]
-                displacements, blocks = [], []
-                for t in range(n_types):
-                    own = ragged_take(counts, t * n_atoms + atoms)
-                    padding = Padding.of(by_section[t, atoms])
-                    displacements.append(padding(vectors[own], far_away(vectors, self.rcut)))
-                    blocks.append(Block(padding.slots, edges[own]))
-                tensors = (inputs.types[atoms], n_empty[atoms])
-                layouts.append(Layout(c, tuple(displacements), tensors, tuple(blocks), atoms))
+                sections = [padded_rows(counts, t * n_atoms + atoms) for t in range(n_types)]
+                blocks = tuple(on_slots(pair_edges, slots) for slots in sections)
+                displacements = tuple(on_slots(vectors, edges) for edges in blocks)
+                layouts.append(Layout(c, displacements, (inputs.types[atoms], n_empty[atoms]), blocks, atoms))
         return layouts
 
     def __call__(

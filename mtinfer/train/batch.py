@@ -15,7 +15,7 @@ from ..errors import DataError, nearest
 from ..inputs import GraphInputs
 from ..models import EnergyModel
 from ..models.gather import Index
-from ..models.layout import Argument, Layout
+from ..models.layout import Argument, Layout, on_slots, with_empty
 from ..neighbors import Candidates, find_candidates, graph_inputs
 
 __all__ = ["Batch", "Labels", "arguments", "make_batch"]
@@ -198,16 +198,12 @@ def _charge_spin(frame: Frame, default: tuple[float, float] | None) -> tuple[flo
 
 def _structure(layouts: Sequence[Layout], inputs: GraphInputs) -> tuple[Tensor, ...]:
     arrays: list[Tensor] = []
+    of_pairs = [with_empty(which, 0) for which in (inputs.centers, inputs.neighbors)]
     centers, neighbors, atoms = [], [], []
     for layout in layouts:
         arrays += [*layout.displacements, *layout.tensors, layout.atoms]
-        ends = [
-            [
-                _on_slots(array, block.slots, which[block.edges])
-                for array, block in zip(layout.displacements, layout.blocks, strict=True)
-            ]
-            for which in (inputs.centers, inputs.neighbors)
-        ]
+        # an empty slot, whose gradient is zero, names atom 0
+        ends = [[on_slots(which, block) for block in layout.blocks] for which in of_pairs]
         arrays += [*ends[0], *ends[1]]
         centers += [end.reshape(-1) for end in ends[0]]
         neighbors += [end.reshape(-1) for end in ends[1]]
@@ -221,11 +217,3 @@ def _structure(layouts: Sequence[Layout], inputs: GraphInputs) -> tuple[Tensor, 
     ):
         arrays += Index.of(rows, n)[1:]
     return (*arrays, inputs.frames)
-
-
-def _on_slots(displacements: Tensor, slots: Tensor, values: Tensor) -> Tensor:
-    """Values of the pairs on the slots of an array; an empty slot, whose gradient is zero, names atom 0."""
-    shape = displacements.shape[:-1]
-    placed = values.new_zeros(displacements.numel() // 3)
-    placed[slots] = values
-    return placed.reshape(shape)

@@ -8,7 +8,16 @@ import torch
 
 from mtinfer.inputs import GraphInputs
 from mtinfer.models import layout
-from mtinfer.models.layout import Padding, Pairs, Selection, far_away, ragged_take, ranks, row_chunks
+from mtinfer.models.layout import (
+    Pairs,
+    Selection,
+    far_away,
+    on_slots,
+    padded_rows,
+    ranks,
+    row_chunks,
+    with_empty,
+)
 
 #: types of the atoms, and the distance of each neighbour j of each centre i
 TYPES = [0, 1, 0, 1]
@@ -134,28 +143,33 @@ def test_ranks() -> None:
     assert ranks(torch.tensor([0, 0, 2, 2, 2, 5]), 6).tolist() == [0, 1, 0, 1, 2, 0]
 
 
-def test_padding() -> None:
-    padding = Padding.of(torch.tensor([2, 0, 1]))
-    assert (padding.n_rows, padding.width) == (3, 2)
-    assert padding(torch.tensor([5, 6, 7]), -1).tolist() == [[5, 6], [-1, -1], [7, -1]]
+def test_rows_as_a_matrix() -> None:
+    counts = torch.tensor([2, 0, 3, 1])
+    assert padded_rows(counts, torch.tensor([3, 2, 1, 0])).tolist() == [
+        [5, 6, 6],
+        [2, 3, 4],
+        [6] * 3,
+        [0, 1, 6],
+    ]
+    assert padded_rows(counts, torch.tensor([2, 2])).tolist() == [[2, 3, 4], [2, 3, 4]]
+    assert padded_rows(counts, torch.tensor([1])).tolist() == [[6]]
+    assert padded_rows(counts, torch.tensor([], dtype=torch.int64)).shape == (0, 1)
+
+
+def test_elements_on_slots() -> None:
+    slots = padded_rows(torch.tensor([2, 0, 1]), torch.arange(3))
+    assert on_slots(with_empty(torch.tensor([5, 6, 7]), -1), slots).tolist() == [[5, 6], [-1, -1], [7, -1]]
     vectors = torch.arange(9.0).reshape(3, 3)
-    padded = padding(vectors, far_away(vectors, 4.0))
+    padded = on_slots(with_empty(vectors, far_away(vectors, 4.0)), slots)
     assert padded.shape == (3, 2, 3)
     assert (padded[1].norm(dim=1) > layout.EMPTY_BEYOND * 4.0).all()
-    assert torch.equal(padded.reshape(-1, 3)[padding.slots], vectors)
+    assert torch.equal(padded[slots < 3], vectors)
 
 
-@pytest.mark.parametrize("counts", [[], [0], [0, 0]])
-def test_padding_of_nothing(counts: list[int]) -> None:
-    padded = Padding.of(torch.tensor(counts, dtype=torch.int64))(torch.zeros(0), 1.0)
-    assert padded.shape == (len(counts), 1)
-
-
-def test_ragged_take() -> None:
-    counts = torch.tensor([2, 0, 3, 1])
-    assert ragged_take(counts, torch.tensor([3, 2, 1, 0])).tolist() == [5, 2, 3, 4, 0, 1]
-    assert ragged_take(counts, torch.tensor([2, 2])).tolist() == [2, 3, 4, 2, 3, 4]
-    assert ragged_take(counts, torch.tensor([], dtype=torch.int64)).tolist() == []
+@pytest.mark.parametrize("n_rows", [0, 1, 2])
+def test_slots_of_nothing(n_rows: int) -> None:
+    slots = padded_rows(torch.zeros(n_rows, dtype=torch.int64), torch.arange(n_rows))
+    assert on_slots(with_empty(torch.zeros(0), 1.0), slots).tolist() == [[1.0]] * n_rows
 
 
 @pytest.mark.parametrize("limit", [1, 7, 40, 10_000])
