@@ -103,7 +103,7 @@ def convert(
     from .checkpoint.archive import write
     from .checkpoint.describe import file_size
     from .checkpoint.load import read
-    from .potential import check_heads
+    from .heads import check_heads
 
     if dtype is not None and target_format != "safetensors":
         raise click.UsageError("--dtype goes with --to safetensors; a checkpoint keeps its precision")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,21 +16,19 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .checkpoint.heads import find_head
-from .checkpoint.load import check_weights
 from .checkpoint.load import read as read_checkpoint
 from .checkpoint.precision import Precision, with_precision
-from .checkpoint.records import Checkpoint, HeadRecord
 from .errors import StructureError, UnsupportedModelError, nearest
-from .graph import CompileMode, SharedGraph, signed
+from .graph import CompileMode, SharedGraph
+from .heads import HeadState, head_states
 from .inputs import GraphInputs, Prediction
 from .models import EnergyModel, edge_gradients, forces_and_virial
 from .models.layout import Layout
-from .models.tabulated import TabulatedDPA1, TabulatedSeE2A, covers, tabulated
+from .models.tabulated import covers
 from .neighbors import Candidates, find_candidates, graph_inputs
-from .stage_graphs import StageGraphs
 from .value_graphs import ValueGraphs
 
-__all__ = ["HeadState", "Potential", "PredictionWarning", "load"]
+__all__ = ["Potential", "PredictionWarning", "load"]
 
 _DTYPES: dict[str, Precision] = {
     "float32": "float32",
@@ -42,29 +40,6 @@ _DTYPES: dict[str, Precision] = {
 
 class PredictionWarning(UserWarning):
     """A prediction that the model was not made for: unseen element, or neighbours beyond `sel`."""
-
-
-@dataclass(frozen=True)
-class HeadState:
-    """Everything that a head owns, as data: swapping heads is passing another one of these."""
-
-    name: str
-    aliases: tuple[str, ...]
-    model: EnergyModel
-    weight_names: tuple[str, ...]
-    #: per weight group, in the order of the names, in which the graph takes them
-    weights: tuple[tuple[Tensor, ...], ...]
-    #: (numb_fparam,), or None where the model has no default
-    default_fparam: Tensor | None
-    #: (2,), total charge and spin where a structure carries none
-    default_charge_spin: tuple[float, float] | None
-    #: elements of the training data; None where the file does not say
-    observed_types: frozenset[str] | None
-    graph: SharedGraph
-    #: the same architecture stage by stage, for what is too large for one call of `graph`
-    stages: StageGraphs
-    #: the head as its file has it, where `model` is tabulated: for structures that the series do not cover
-    exact: HeadState | None = None
 
 
 class Potential:
@@ -393,134 +368,10 @@ def load(
     checkpoint = read_checkpoint(Path(path))
     if dtype is not None:
         checkpoint = with_precision(checkpoint, _dtype(dtype))
-    models: dict[str, EnergyModel] = {}
-    refused: dict[str, str] = {}
-    for name, record in checkpoint.heads.items():
-        if record.refused is not None:
-            refused[name] = record.refused
-            continue
-        try:
-            models[name] = _model(record, checkpoint.dialect)
-        except UnsupportedModelError as err:
-            refused[name] = str(err)
-    faster = _tabulated(checkpoint, models, refused) if tabulate else {}
-    graphs: dict[str, StageGraphs] = {}
-    heads: dict[str, HeadState] = {}
-    for name in [name for name in models if name not in refused]:
-        state = _head_state(checkpoint.heads[name], models[name], where, mode, graphs)
-        if name in faster:
-            series = _head_state(checkpoint.heads[name], faster[name], where, mode, graphs)
-            state = replace(series, exact=state)
-        heads[name] = state
+    heads, refused = head_states(checkpoint, where, mode, tabulate=tabulate)
     if not heads:
         raise UnsupportedModelError("; ".join(refused.values()))
     return Potential(heads, refused, where)
-
-
-def _tabulated(
-    checkpoint: Checkpoint, models: Mapping[str, EnergyModel], refused: dict[str, str]
-) -> dict[str, EnergyModel]:
-    """Models with series in place of radial nets, all of as many terms, so that they share their graph."""
-    found: dict[str, TabulatedDPA1 | TabulatedSeE2A] = {}
-    for name, model in models.items():
-        record = checkpoint.heads[name]
-        observed = _observed(record)
-        types = [t for t, symbol in enumerate(model.type_map) if observed is None or symbol in observed]
-        try:
-            found[name] = tabulated(model.descriptor, record.weights, types)
-        except UnsupportedModelError as err:
-            refused[name] = f"head {name!r}: {err}"
-    n_terms = max((descriptor.n_terms for descriptor in found.values()), default=0)
-    return {
-        name: replace(models[name], descriptor=replace(descriptor, n_terms=n_terms))
-        for name, descriptor in found.items()
-    }
-
-
-def _observed(record: HeadRecord) -> frozenset[str] | None:
-    observed = (record.config.get("info") or {}).get("observed_type")
-    return None if observed is None else frozenset(observed)
-
-
-def check_heads(checkpoint: Checkpoint) -> None:
-    """Check that the weights of every head that can be evaluated fit its configuration.
-
-    Raises
-    ------
-    CheckpointError
-        As `load` does.
-    """
-    for record in checkpoint.heads.values():
-        if record.refused is None:
-            _model(record, checkpoint.dialect)
-
-
-def _model(record: HeadRecord, dialect: str) -> EnergyModel:
-    try:
-        model = EnergyModel.from_config(
-            record.config, dialect, graph_lower_disabled=record.graph_lower_disabled
-        )
-    except UnsupportedModelError as err:
-        raise UnsupportedModelError(f"head {record.name!r}: {err}") from err
-    check_weights(record.name, record.weights, model.parameters())
-    return model
-
-
-def _head_state(
-    record: HeadRecord,
-    model: EnergyModel,
-    device: torch.device,
-    mode: CompileMode,
-    graphs: dict[str, StageGraphs],
-) -> HeadState:
-    weights = {name: tensor.to(device) for name, tensor in record.weights.items()}
-    groups = model.prepare(weights)
-    names = tuple(sorted(groups[0]))
-    default_fparam = weights.get("fitting_net.default_fparam_tensor")
-    charge_spin = _default_charge_spin(record.config["descriptor"])
-    stages = _graphs(model, names, groups[0], mode, graphs)
-    return HeadState(
-        name=record.name,
-        aliases=record.aliases,
-        model=model,
-        weight_names=names,
-        weights=tuple(tuple(group[name] for name in names) for group in groups),
-        default_fparam=None if default_fparam is None else default_fparam.cpu().to(torch.float64),
-        default_charge_spin=None if charge_spin is None else (float(charge_spin[0]), float(charge_spin[1])),
-        observed_types=_observed(record),
-        graph=stages.whole,
-        stages=stages,
-    )
-
-
-def _default_charge_spin(descriptor: Mapping[str, Any]) -> Sequence[float] | None:
-    """Charge and spin of a structure that carries none; members of a hybrid must agree on them."""
-    readers = [part for part in descriptor.get("list", [descriptor]) if part.get("add_chg_spin_ebd")]
-    defaults = {tuple(part["default_chg_spin"]) if part.get("default_chg_spin") else None for part in readers}
-    return defaults.pop() if len(defaults) == 1 else None
-
-
-def _graphs(
-    model: EnergyModel,
-    names: Sequence[str],
-    group: Mapping[str, Tensor],
-    mode: CompileMode,
-    graphs: dict[str, StageGraphs],
-) -> StageGraphs:
-    """Return the graphs of an architecture, made at its first head."""
-    signature = signed(repr(model), {name: group[name] for name in names})
-    if signature not in graphs:
-        displacements, tensors = model.arguments()
-        n_arrays, n_data = len(displacements), len(displacements) + len(tensors)
-
-        def function(*values: Tensor) -> tuple[Tensor, ...]:
-            weights = dict(zip(names, values[n_data:], strict=True))
-            return model.energies_and_gradients(values[:n_arrays], values[n_arrays:n_data], weights)
-
-        example = [group[name] for name in names]
-        whole = SharedGraph(function, signature, [*displacements, *tensors], example, mode)
-        graphs[signature] = StageGraphs(whole)
-    return graphs[signature]
 
 
 def _default_device() -> torch.device:

@@ -27,11 +27,12 @@ from .checkpoint.records import HeadRecord
 from .checkpoint.writer import training_content, write_content
 from .errors import MtinferError, StructureError, UnknownHeadError
 from .graph import SharedGraph
+from .heads import HeadState
 from .inputs import GraphInputs, ParameterSpec, Prediction
 from .models import EnergyModel
 from .models.layout import Selection
 from .neighbors import find_candidates
-from .potential import HeadState, Potential, PredictionWarning
+from .potential import Potential, PredictionWarning
 
 __all__ = [
     "CONFORMANCE",

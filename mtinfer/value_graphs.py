@@ -14,7 +14,7 @@ from .inputs import GraphInputs
 from .models.layout import Argument, Layout
 
 if TYPE_CHECKING:
-    from .potential import HeadState
+    from .heads import HeadState
 
 __all__ = ["Described", "ValueGraphs"]
 

@@ -19,8 +19,9 @@ from ..checkpoint.load import read
 from ..data import Frame
 from ..data.frame import make_frame
 from ..errors import UnknownHeadError
+from ..heads import HeadState
 from ..inputs import Prediction
-from ..potential import HeadState, Potential, PredictionWarning, load
+from ..potential import Potential, PredictionWarning, load
 from .batch import make_batch
 from .step import predict
 
