@@ -217,15 +217,18 @@ class EnergyModel:
     ) -> tuple[Tensor, ...]:
         """Atomic energies, and dE/d(displacement) for every displacement array, eV/Å.
 
-        Plain functions of tensors all the way down, so that it can be traced, and differentiated once more.
+        Plain functions of tensors all the way down, so that it can be traced; differentiable by weights that
+        require a gradient.
         """
-
-        def total(vectors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-            energies = self.atom_energies(vectors, tensors, weights)
-            return energies.sum(), energies
-
-        gradients, energies = torch.func.grad(total, has_aux=True)(displacements)
-        return (energies, *gradients)
+        further = any(weight.requires_grad for weight in weights.values())
+        # not torch.func.grad: it imports the compiler, a second and 100 MiB, even where nothing is compiled
+        with torch.enable_grad():
+            varied = tuple(array.detach().requires_grad_(True) for array in displacements)
+            energies = self.atom_energies(varied, tensors, weights)
+            gradients = torch.autograd.grad(
+                energies.sum(), varied, create_graph=further, materialize_grads=True
+            )
+        return (energies if further else energies.detach(), *gradients)
 
     def is_large(self, layout: Layout) -> bool:
         """Whether a call of the graph on `layout` would take too much memory; see `in_parts`."""
@@ -245,7 +248,7 @@ class EnergyModel:
         with torch.enable_grad():
             varied = tuple(array.detach().requires_grad_(True) for array in displacements)
             energies = self._energies(describe, varied, tensors, weights)
-            gradients = torch.autograd.grad(energies.sum(), varied)
+            gradients = torch.autograd.grad(energies.sum(), varied, materialize_grads=True)
         return (energies.detach(), *gradients)
 
     def described_in_parts(self, layout: Layout, weights: Weights, call: Call) -> Tensor:

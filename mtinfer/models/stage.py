@@ -46,9 +46,10 @@ def derivative(
     stage: Stage, varied: Tensors, fixed: Tensors, cotangents: Tensors, weights: Weights
 ) -> Tensors:
     """Gradients by `varied` of the sum of outputs times `cotangents`; computes the stage once more."""
-    pull_back = torch.func.vjp(lambda *values: stage(values, fixed, weights), *varied)[1]
-    gradients: Tensors = pull_back(cotangents)
-    return gradients
+    with torch.enable_grad():
+        varied = tuple(array.detach().requires_grad_(True) for array in varied)
+        outputs = stage(varied, fixed, weights)
+        return torch.autograd.grad(outputs, varied, cotangents, materialize_grads=True)
 
 
 def pieces(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:

@@ -102,14 +102,13 @@ def step_function(model: EnergyModel):  # type: ignore[no-untyped-def]
         structure, labels = values[:n_structure], Labels(*values[n_structure:n_data])
         constant = dict(zip(fixed, values[n_data + len(trained) :], strict=True))
 
-        def loss(varied: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        with torch.enable_grad():
+            varied = [weight.detach().requires_grad_(True) for weight in values[n_data:][: len(trained)]]
             weights = dict(zip(trained, varied, strict=True)) | constant
             predicted = predict(model, structure, weights)
-            return total_loss(predicted, labels), predicted
-
-        derivative = torch.func.grad_and_value(loss, has_aux=True)
-        gradients, (value, predicted) = derivative(values[n_data : n_data + len(trained)])
-        return (value, *predicted, *gradients)
+            loss = total_loss(predicted, labels)
+            gradients = torch.autograd.grad(loss, varied, materialize_grads=True)
+        return (loss.detach(), *(array.detach() for array in predicted), *gradients)
 
     return function
 
