@@ -48,8 +48,9 @@ def derivative(
     """Gradients by `varied` of the sum of outputs times `cotangents`; computes the stage once more."""
     with torch.enable_grad():
         varied = tuple(array.detach().requires_grad_(True) for array in varied)
-        outputs = stage(varied, fixed, weights)
-        return torch.autograd.grad(outputs, varied, cotangents, materialize_grads=True)
+        pairs = zip(stage(varied, fixed, weights), cotangents, strict=True)
+        outputs, along = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+        return torch.autograd.grad(outputs, varied, along, materialize_grads=True)
 
 
 def pieces(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
