@@ -154,7 +154,11 @@ class Trainer:
         kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[options.name]
         start = self.plan.schedule.start
         optimizer: torch.optim.Optimizer = kind(
-            list(self.parameters.values()), lr=start, betas=options.betas, weight_decay=options.weight_decay
+            list(self.parameters.values()),
+            lr=start,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+            fused=True,
         )
         for group in optimizer.param_groups:
             group["initial_lr"] = start
