@@ -175,6 +175,7 @@ class Potential:
         candidates = [find_candidates(structure, state.model.rcut) for structure in structures]
         return self.predict(self.inputs(structures, candidates, state, fparam, None, charge_spin), state)
 
+    @torch.inference_mode(False)  # there would be no derivatives in a caller's inference mode
     def inputs(
         self,
         structures: Sequence[ase.Atoms],
@@ -266,6 +267,7 @@ class Potential:
             )
         return layouts
 
+    @torch.inference_mode(False)
     def predict(self, inputs: GraphInputs, state: HeadState) -> list[Prediction]:
         """Evaluate a head on prepared inputs, one prediction per structure."""
         if state.exact is not None and not covers(state.model.descriptor, inputs):

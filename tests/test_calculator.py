@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import ase.build
 import ase.io
 import numpy as np
 import pytest
+import torch
 from ase import units
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.filters import FrechetCellFilter
@@ -200,3 +202,17 @@ def test_positions_that_are_not_finite_stop_a_simulation(potential: Potential) -
     atoms.positions[5, 0] = np.nan
     with pytest.raises(StructureError, match=r"position of atom 5 .*check the step before"):
         atoms.get_forces()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_forces_under_modes_without_gradients(
+    potential: Potential, mode: Callable[[], AbstractContextManager[None]]
+) -> None:
+    atoms = copper()
+    atoms.calc = MTCalculator(potential, head="copper")
+    expected = atoms.get_forces()
+    atoms.calc = MTCalculator(potential, head="copper")
+    with mode():
+        np.testing.assert_array_equal(atoms.get_forces(), expected)
+    atoms.positions += 1e-3  # the list of neighbours made in that mode serves on
+    np.testing.assert_allclose(atoms.get_forces(), expected, atol=1e-9)
