@@ -29,7 +29,7 @@ from .layout import (
     Layout,
     Pairs,
     Selection,
-    far_away,
+    VectorsOnSlots,
     on_slots,
     padded_rows,
     row_chunks,
@@ -390,8 +390,7 @@ class DPA1:
         calls
             centres of each, shape (n,).
         """
-        vectors = with_empty(inputs.displacements, far_away(inputs.displacements, self.rcut))
-        pair_edges = with_empty(pairs.edges, vectors.shape[0] - 1)
+        vectors = VectorsOnSlots(inputs.displacements, pairs.edges, self.rcut)
         types_j = with_empty(inputs.types.index_select(0, pairs.neighbors), 0)
         types_i = inputs.types * self.n_types
         empty_pairs = types_i + inputs.types[torch.searchsorted(inputs.frames, inputs.frames)]
@@ -399,7 +398,7 @@ class DPA1:
         layouts = []
         for atoms in calls:
             slots = padded_rows(counts, atoms)
-            edges = on_slots(pair_edges, slots)
+            displacements, edges = vectors(slots)
             tensors = (
                 inputs.types[atoms],
                 types_i[atoms].unsqueeze(1) + on_slots(types_j, slots),
@@ -407,7 +406,7 @@ class DPA1:
                 n_empty[atoms],
                 n_phantom[atoms],
             )
-            layouts.append(Layout(0, (on_slots(vectors, edges),), tensors, (edges,), atoms))
+            layouts.append(Layout(0, (displacements,), tensors, (edges,), atoms))
         return layouts
 
     def __call__(

@@ -23,7 +23,7 @@ from .layout import (
     Layout,
     Pairs,
     Selection,
-    far_away,
+    VectorsOnSlots,
     on_slots,
     padded_rows,
     with_empty,
@@ -378,11 +378,10 @@ def _extended(layout: Layout, inputs: GraphInputs, pairs: Pairs, rcut: float) ->
     """
     counts = torch.bincount(pairs.centers, minlength=inputs.n_atoms)
     slots = padded_rows(counts, layout.atoms)
-    vectors = with_empty(inputs.displacements, far_away(inputs.displacements, rcut))
-    edges = on_slots(with_empty(pairs.edges, vectors.shape[0] - 1), slots)
+    displacements, edges = VectorsOnSlots(inputs.displacements, pairs.edges, rcut)(slots)
     layout = replace(
         layout,
-        displacements=(*layout.displacements, on_slots(vectors, edges)),
+        displacements=(*layout.displacements, displacements),
         blocks=(*layout.blocks, edges),
     )
     return layout, on_slots(with_empty(pairs.neighbors, 0), slots)

@@ -221,14 +221,9 @@ class EnergyModel:
         require a gradient.
         """
         further = any(weight.requires_grad for weight in weights.values())
-        # not torch.func.grad: it imports the compiler, a second and 100 MiB, even where nothing is compiled
-        with torch.enable_grad():
-            varied = tuple(array.detach().requires_grad_(True) for array in displacements)
-            energies = self.atom_energies(varied, tensors, weights)
-            gradients = torch.autograd.grad(
-                energies.sum(), varied, create_graph=further, materialize_grads=True
-            )
-        return (energies if further else energies.detach(), *gradients)
+        return _differentiated(
+            lambda varied: self.atom_energies(varied, tensors, weights), displacements, further=further
+        )
 
     def is_large(self, layout: Layout) -> bool:
         """Whether a call of the graph on `layout` would take too much memory; see `in_parts`."""
@@ -245,11 +240,9 @@ class EnergyModel:
             calls a stage, and is differentiable for torch's autograd.
         """
         describe = partial(self._describe_in_parts, call=call)
-        with torch.enable_grad():
-            varied = tuple(array.detach().requires_grad_(True) for array in displacements)
-            energies = self._energies(describe, varied, tensors, weights)
-            gradients = torch.autograd.grad(energies.sum(), varied, materialize_grads=True)
-        return (energies.detach(), *gradients)
+        return _differentiated(
+            lambda varied: self._energies(describe, varied, tensors, weights), displacements
+        )
 
     def described_in_parts(self, layout: Layout, weights: Weights, call: Call) -> Tensor:
         """Descriptor of the centres of a layout in parts, without derivatives, shape (n_centers, width)."""
@@ -262,6 +255,24 @@ class EnergyModel:
         if not isinstance(self.descriptor, InParts):
             raise TypeError(f"{type(self.descriptor).__name__} is not evaluated in parts")
         return self.descriptor.in_parts(displacements, tensors, weights, call)
+
+
+def _differentiated(
+    energies_of: Callable[[tuple[Tensor, ...]], Tensor],
+    displacements: tuple[Tensor, ...],
+    *,
+    further: bool = False,
+) -> tuple[Tensor, ...]:
+    """Energies and the gradient of their sum, which can be differentiated `further`.
+
+    By torch.autograd, not torch.func.grad: that imports the compiler, a second and 80 MiB, even where nothing
+    is compiled.
+    """
+    with torch.enable_grad():
+        varied = tuple(array.detach().requires_grad_(True) for array in displacements)
+        energies = energies_of(varied)
+        gradients = torch.autograd.grad(energies.sum(), varied, create_graph=further, materialize_grads=True)
+    return (energies if further else energies.detach(), *gradients)
 
 
 #: descriptors that pt_expt evaluates on all neighbours instead of a truncated list

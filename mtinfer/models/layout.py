@@ -243,6 +243,29 @@ def on_slots(extended: Tensor, slots: Tensor) -> Tensor:
     return taken.reshape(*slots.shape, *extended.shape[1:])
 
 
+class VectorsOnSlots:
+    """Lays the displacements of a list of pairs out on slots.
+
+    Parameters
+    ----------
+    displacements
+        shape (n_edges, 3), of all pairs of `GraphInputs`, Å.
+    edges
+        shape (n_pairs,), which of them are in the list.
+    rcut
+        cutoff of the model, Å; empty slots are far beyond it.
+    """
+
+    def __init__(self, displacements: Tensor, edges: Tensor, rcut: float) -> None:
+        self._vectors = with_empty(displacements, far_away(displacements, rcut))
+        self._edges = with_empty(edges, displacements.shape[0])
+
+    def __call__(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Displacements (..., 3) and pairs (...), as in `Layout`, for slots (...) of the list."""
+        edges = on_slots(self._edges, slots)
+        return on_slots(self._vectors, edges), edges
+
+
 def row_chunks(counts: Tensor, *, split: bool = True) -> list[Tensor]:
     """Divide rows into calls of the graph, rows of similar count together.
 

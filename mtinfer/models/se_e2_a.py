@@ -15,17 +15,7 @@ from torch import Tensor
 from ..inputs import GraphInputs, ParameterSpec
 from .environment import Environment, add_to_first_row, invariants, statistics, statistics_parameters
 from .layers import Network, Weights, precision, required
-from .layout import (
-    Argument,
-    Layout,
-    Pairs,
-    Selection,
-    far_away,
-    on_slots,
-    padded_rows,
-    row_chunks,
-    with_empty,
-)
+from .layout import Argument, Layout, Pairs, Selection, VectorsOnSlots, padded_rows, row_chunks
 
 _BLOCK = "descriptor"
 
@@ -137,8 +127,7 @@ class SeE2A:
         # pairs by neighbour type, then by centre: one section after the other
         section = inputs.types.index_select(0, pairs.neighbors)
         by_type = torch.cat([(section == t).nonzero().squeeze(1) for t in range(n_types)])
-        vectors = with_empty(inputs.displacements, far_away(inputs.displacements, self.rcut))
-        pair_edges = with_empty(pairs.edges.index_select(0, by_type), vectors.shape[0] - 1)
+        vectors = VectorsOnSlots(inputs.displacements, pairs.edges.index_select(0, by_type), self.rcut)
         counts = torch.bincount(section * n_atoms + pairs.centers, minlength=n_types * n_atoms)
         totals = counts.reshape(n_types, n_atoms).sum(0)
         n_empty = pairs.n_empty.to(torch.float64)
@@ -147,9 +136,8 @@ class SeE2A:
             of_type = (inputs.types == c).nonzero().squeeze(1)
             for chunk in row_chunks(totals[of_type], split=split):
                 atoms = of_type[chunk]
-                sections = [padded_rows(counts, t * n_atoms + atoms) for t in range(n_types)]
-                blocks = tuple(on_slots(pair_edges, slots) for slots in sections)
-                displacements = tuple(on_slots(vectors, edges) for edges in blocks)
+                sections = [vectors(padded_rows(counts, t * n_atoms + atoms)) for t in range(n_types)]
+                displacements, blocks = zip(*sections, strict=True)
                 layouts.append(Layout(c, displacements, (inputs.types[atoms], n_empty[atoms]), blocks, atoms))
         return layouts
 
