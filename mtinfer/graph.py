@@ -13,11 +13,12 @@ import json
 import math
 import os
 import platform
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -30,8 +31,9 @@ from .models.layout import Argument
 
 __all__ = ["CompileMode", "GraphWarning", "SharedGraph", "cache_directory", "signed", "trace"]
 
-#: "off": eager. "wait": compiled from the first call on. "background": the first calls are answered
-#: eagerly while the graph is loaded or compiled, and it takes over when its self-check has passed.
+#: "off": eager. "wait": compiled from the first call on. "background": a stored graph is used from the first
+#: call on; else calls are answered eagerly while one is compiled, which takes over when it has passed its
+#: self-check.
 CompileMode = Literal["off", "wait", "background"]
 
 #: the compiler is no business of two threads at a time
@@ -49,6 +51,10 @@ _OPTIONS = {
     "cpp.use_decompose_tanh": True,
     # code that fits any number of threads; else the number at hand is part of it, down to the size of buffers
     "cpp.dynamic_threads": True,
+    # they would be shared through a directory below /tmp that anyone can make first
+    "aot_inductor.precompile_headers": False,
+    # the wrapper only calls the kernels; optimizing it would take most of the compile time
+    "aot_inductor.compile_wrapper_opt_level": "O0",
 }
 
 
@@ -98,7 +104,10 @@ def trace(
 
     names = sorted({axis for argument in arguments for axis in argument.axes if isinstance(axis, str)})
     size = dict(zip(names, sizes, strict=False))
-    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False, specialize_zero_one=False))
+    mode = FakeTensorMode(
+        shape_env=ShapeEnv(duck_shape=False, specialize_zero_one=False),
+        allow_non_fake_inputs=True,  # constants that `function` makes
+    )
     fakes: list[Any] = []
     for position, argument in enumerate(arguments):
         shape = [axis if isinstance(axis, int) else size[axis] for axis in argument.axes]
@@ -112,31 +121,10 @@ def trace(
                 source=ConstantSource(f"data{position}"),
             )
         )
-    fakes += [mode.from_tensor(tensor, static_shapes=True) for tensor in weights]
+    fakes += [mode.from_tensor(tensor.contiguous(), static_shapes=True) for tensor in weights]
     with mode:
         # anonymous: annotations of `function` would keep the compiler from storing the graph (torch 2.13)
         return make_fx(lambda *values: function(*values), tracing_mode="real")(*fakes), fakes
-
-
-def _lift_constants(module: torch.fx.GraphModule, fakes: list[Any]) -> list[Tensor]:
-    """Make tensors that a trace holds its first arguments, and return them.
-
-    A compiled graph is stored without them (torch 2.13), and could not be called after loading.
-    """
-    first = next(iter(module.graph.nodes))
-    constants: list[Tensor] = []
-    for node in module.graph.find_nodes(op="get_attr"):
-        constants.append(getattr(module, node.target))
-        with module.graph.inserting_before(first):
-            argument = module.graph.placeholder(f"constant{len(constants)}")
-        argument.meta = dict(node.meta)
-        node.replace_all_uses_with(argument)
-        module.graph.erase_node(node)
-    for name in [name for name, _ in module.named_buffers()]:
-        delattr(module, name)
-    module.recompile()
-    fakes[:0] = [fakes[0].fake_mode.from_tensor(constant, static_shapes=True) for constant in constants]
-    return constants
 
 
 @cache
@@ -182,7 +170,7 @@ class SharedGraph:
     mode: CompileMode
     #: graphs compiled in this process (loading a stored one does not count)
     n_compiled: int = 0
-    _compiled: Callable[..., tuple[Tensor, ...]] | None = None
+    _compiled: _Compiled | None = None
     _unchecked: bool = False
     _n_calls: int = 0
     _worker: threading.Thread | None = None
@@ -195,12 +183,13 @@ class SharedGraph:
         """Evaluate, compiled where a graph is at hand, else eagerly."""
         self._n_calls += 1
         if self._compiled is None and self.mode != "off":
-            self._prepare(data)
+            self._prepare(data[0].device)
         if self._compiled is None:
             return self.function(*data, *weights)
+        _require_declared(self.arguments, data)
         if self._unchecked:
             return self._check(data, weights)
-        return tuple(self._compiled(*data, *weights))
+        return self._compiled(*data, *weights)
 
     @property
     def is_compiled(self) -> bool:
@@ -212,56 +201,63 @@ class SharedGraph:
         if self._worker is not None:
             self._worker.join()
 
-    def _prepare(self, data: Sequence[Tensor]) -> None:
-        device = data[0].device
+    def _prepare(self, device: torch.device) -> None:
         if self.mode == "wait":
             self._obtain(device)
+        elif self._n_calls == 1:
+            self._obtain(device, compile_missing=False)
         elif self._worker is None and self._n_calls > _CALLS_BEFORE_BACKGROUND:
             self._worker = threading.Thread(target=self._obtain, args=(device,), name="mtinfer-compile")
             self._worker.start()
 
-    def _obtain(self, device: torch.device) -> None:
-        with _COMPILER:
-            if self._compiled is not None or self.mode == "off":
-                return
-            store = _Store(cache_directory(), _key(self.signature, device))
-            try:
-                with store.private():
-                    try:
-                        compiled = store.load(device) or self._compile(store)
-                    except Exception as err:
-                        if "ImportError" not in _first_line(err):
-                            raise
-                        # killed while it wrote, a process leaves half a library, which torch 2.13 keeps
-                        store.forget_libraries()
-                        compiled = store.load(device) or self._compile(store)
-            except Exception as err:  # the compiler raises many types; whatever it is, eager is right
-                if not threading.main_thread().is_alive():
-                    return  # the process ends, and nobody waits for the graph
-                self._give_up(f"the graph could not be compiled ({_first_line(err)})")
-                return
-            self._unchecked = True
-            self._compiled = compiled
-
-    def _compile(self, store: _Store) -> Callable[..., tuple[Tensor, ...]]:
-        from torch._inductor import standalone_compile
-
-        module, fakes = trace(self.function, self.arguments, self.weights)
-        constants = _lift_constants(module, fakes)
-        with _without_transposed_tiles():
-            artifact = standalone_compile(
-                module, fakes, dynamic_shapes="from_graph", options={"config_patches": _OPTIONS}
-            )
-        self.n_compiled += 1
+    def _obtain(self, device: torch.device, *, compile_missing: bool = True) -> None:
+        store = _Store(cache_directory(), _key(self.signature, device))
         try:
-            store.save(artifact, constants, self.signature)
-        except (OSError, RuntimeError) as err:
-            warnings.warn(
-                f"the compiled graph could not be stored ({_first_line(err)}); it serves this process only",
-                GraphWarning,
-                stacklevel=2,
-            )
-        return partial(artifact, *constants)
+            compiled = store.load(device)
+            if compiled is None and compile_missing:
+                with _COMPILER:
+                    if self.mode == "off":
+                        return
+                    store.make_private()
+                    compiled = store.load(device) or self._compile(store)
+        except Exception as err:  # the compiler raises many types; whatever it is, eager is right
+            if not threading.main_thread().is_alive():
+                return  # the process ends, and nobody waits for the graph
+            self._give_up(f"the graph could not be compiled ({_first_line(err)})")
+            return
+        self._unchecked = compiled is not None
+        self._compiled = compiled
+
+    def _compile(self, store: _Store) -> _Compiled:
+        from torch._inductor import aot_compile
+        from torch._inductor.package.package import package_aoti
+        from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
+
+        # torch 2.13 warns of itself
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+        module, fakes = trace(self.function, self.arguments, self.weights)
+        # of what the compiler writes only the graph is kept, and what it found out about the processor
+        with (
+            tempfile.TemporaryDirectory(prefix="mtinfer-") as folder,
+            temporary_cache_dir(str(store.directory / "inductor")),
+            _without_transposed_tiles(),
+        ):
+            options = {**_OPTIONS, "aot_inductor.package": True, "aot_inductor.output_path": folder}
+            files = aot_compile(module, tuple(fakes), options=options)
+            package = Path(folder) / "graph.pt2"
+            assert isinstance(files, list)
+            package_aoti(str(package), files)
+            self.n_compiled += 1
+            try:
+                store.save(package, self.signature)
+            except OSError as err:
+                warnings.warn(
+                    f"the compiled graph could not be stored ({_first_line(err)}); "
+                    "it serves this process only",
+                    GraphWarning,
+                    stacklevel=2,
+                )
+            return _Compiled(package, self.weights[0].device)
 
     def _check(self, data: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """First call of a graph: compare every output with eager."""
@@ -350,6 +346,35 @@ def _machine() -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
+def _require_declared(arguments: Sequence[Argument], data: Sequence[Tensor]) -> None:
+    """Raise ValueError unless shapes and dtypes are as declared: compiled code does not look."""
+    sizes: dict[str | int, int] = {}
+    for position, (argument, tensor) in enumerate(zip(arguments, data, strict=True)):
+        expected = tuple(
+            axis if isinstance(axis, int) else sizes.setdefault(axis, size)
+            for axis, size in zip(argument.axes, tensor.shape, strict=True)
+        )
+        if tensor.shape != expected or tensor.dtype != argument.dtype:
+            raise ValueError(
+                f"argument {position} of a graph is {tuple(tensor.shape)} {tensor.dtype}; "
+                f"it must be {expected} {argument.dtype} ({', '.join(map(str, argument.axes))})"
+            )
+
+
+class _Compiled:
+    """A compiled graph, loaded without the compiler.
+
+    It takes the strides of its arguments for granted, hence the copies of what is not contiguous.
+    """
+
+    def __init__(self, package: Path, device: torch.device) -> None:
+        index = -1 if device.index is None else device.index
+        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._loader.run([argument.contiguous() for argument in arguments]))
+
+
 @dataclass(frozen=True)
 class _Store:
     """One stored graph in a directory that belongs to the user alone."""
@@ -365,64 +390,40 @@ class _Store:
     def _record(self) -> Path:
         return self.directory / f"{self.key}.json"
 
-    @contextlib.contextmanager
-    def private(self) -> Iterator[None]:
-        """Create the directory for the user alone, refuse another's, and keep torch's own files there."""
-        from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
-
+    def make_private(self) -> None:
+        """Create the directory for the user alone, and refuse another's."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._require_private()
+
+    def _require_private(self) -> None:
         status = self.directory.stat()
         if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
             raise PermissionError(
                 f"{self.directory} must belong to you and be writable by you alone "
                 f"(chmod 700 {self.directory}, or set MTINFER_CACHE to another directory)"
             )
-        with temporary_cache_dir(str(self.directory / "inductor")):
-            yield
 
-    def forget_libraries(self) -> None:
-        """Remove the libraries that Inductor keeps between processes; they are made again."""
-        for library in (self.directory / "inductor").rglob("*.so"):
-            library.unlink(missing_ok=True)
-
-    def load(self, device: torch.device) -> Callable[..., tuple[Tensor, ...]] | None:
+    def load(self, device: torch.device) -> _Compiled | None:
         """Return the stored graph, or None where there is none or its checksum is wrong."""
-        from torch._inductor.standalone_compile import CompiledArtifact
-
         try:
             record = json.loads(self._record.read_text())
             content = self._binary.read_bytes()
         except (OSError, ValueError):
             return None
-        if not isinstance(record, dict):
+        if not isinstance(record, dict) or record.get("sha256") != hashlib.sha256(content).hexdigest():
             return None
-        if record.get("sha256") != _digest(content, record.get("constants")):
-            return None
-        constants = [
-            torch.tensor(values, dtype=getattr(torch, dtype), device=device).reshape(shape)
-            for values, shape, dtype in record["constants"]
-        ]
-        return partial(CompiledArtifact.load(path=str(self._binary), format="binary"), *constants)
+        self._require_private()
+        return _Compiled(self._binary, device)
 
-    def save(self, artifact: Any, constants: Sequence[Tensor], signature: str) -> None:
+    def save(self, package: Path, signature: str) -> None:
         """Store a graph: the binary first, then the record that vouches for it."""
-        temporary = self._binary.with_suffix(f".{os.getpid()}.tmp")
-        artifact.save(path=str(temporary), format="binary")
-        described = [
-            [x.flatten().tolist(), list(x.shape), str(x.dtype).removeprefix("torch.")] for x in constants
-        ]
-        digest = _digest(temporary.read_bytes(), described)
-        temporary.replace(self._binary)
-        record = self._record.with_suffix(f".{os.getpid()}.tmp")
+        content = package.read_bytes()
         fields = {
-            "sha256": digest,
+            "sha256": hashlib.sha256(content).hexdigest(),
             "torch": torch.__version__,
-            "constants": described,
             "signature": signature,
         }
-        record.write_text(json.dumps(fields))
-        record.replace(self._record)
-
-
-def _digest(content: bytes, constants: object) -> str:
-    return hashlib.sha256(content + json.dumps(constants).encode()).hexdigest()
+        for path, value in ((self._binary, content), (self._record, json.dumps(fields).encode())):
+            temporary = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
+            temporary.write_bytes(value)
+            temporary.replace(path)

@@ -126,7 +126,7 @@ def _head_state(
         aliases=record.aliases,
         model=model,
         weight_names=names,
-        weights=tuple(tuple(group[name] for name in names) for group in groups),
+        weights=tuple(tuple(group[name].contiguous() for name in names) for group in groups),
         default_fparam=None if default_fparam is None else default_fparam.cpu().to(torch.float64),
         default_charge_spin=None if charge_spin is None else (float(charge_spin[0]), float(charge_spin[1])),
         observed_types=_observed(record),

@@ -350,8 +350,9 @@ def load(
         "float32" or "float64": evaluate all heads in this precision instead of their own. Energies are
         summed in float64 in either case.
     compile
-        True answers the first calls eagerly and compiles in the background ("background"); "wait" compiles
-        before the first answer; False ("off") stays eager.
+        True uses a graph that an earlier process stored; without one it answers the first calls eagerly and
+        compiles in the background ("background"). "wait" compiles before the first answer; False ("off")
+        stays eager.
     tabulate
         evaluate the radial embedding nets of se_e2_a and of se_atten in strip mode without attention by
         Chebyshev series, which differ from them by less than 1e-9 and are faster. Structures with atoms
