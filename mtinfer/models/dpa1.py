@@ -23,7 +23,7 @@ from .environment import (
     statistics_parameters,
 )
 from .gather import lookup
-from .layers import Network, Weights, layer_norm, precision, required, safe_norm
+from .layers import Network, Weights, layer_norm, precision, required, row_peak, safe_norm
 from .layout import (
     Argument,
     Layout,
@@ -188,7 +188,9 @@ class Attention:
             projected = g @ weights[f"{layer}.in_proj.w"] + weights[f"{layer}.in_proj.b"]
             query, key, value = projected.split(self.hidden, dim=-1)
             if self.normalize:
-                query, key, value = (x / torch.clamp(safe_norm(x), min=1e-12) for x in (query, key, value))
+                query, key, value = (
+                    x * (1.0 / torch.clamp(safe_norm(x), min=1e-12)) for x in (query, key, value)
+                )
             logits = (query @ key.transpose(1, 2)) * self.scale
             if self.smooth:
                 logits = (logits + 20.0) * switches - 20.0
@@ -198,12 +200,12 @@ class Attention:
 
     def _softmax(self, logits: Tensor, mask_j: Tensor, n_phantom: Tensor) -> Tensor:
         logits = torch.where(mask_j > 0, logits, -20.0)
-        peak = logits.amax(-1, keepdim=True).detach()
+        peak = row_peak(logits)
         weight = torch.exp(logits - peak) * mask_j
         total = weight.sum(-1, keepdim=True)
         if self.smooth:
             total = total + n_phantom * torch.exp(-20.0 - peak)
-        return weight / torch.where(total > 0, total, 1.0)
+        return weight * (1.0 / torch.where(total > 0, total, 1.0))
 
 
 @dataclass(frozen=True)

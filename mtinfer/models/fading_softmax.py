@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layers import row_sum
+from .layers import row_peak, row_sum
 
 #: a logit fades to minus this
 SHIFT = 20.0
@@ -28,13 +28,13 @@ def fading_softmax(logits: Tensor, sel: int, occupancy: Tensor | None) -> Tensor
         as `slot_occupancy` makes it, broadcastable to `logits`; None where no centre has more than `sel`
         neighbours.
     """
-    peak = torch.clamp(logits.amax(-1, keepdim=True), min=0.0).detach()
+    peak = torch.clamp(row_peak(logits), min=0.0)
     share, empty = torch.exp(logits - peak), torch.exp(-peak)
     if occupancy is None:
-        return share / (row_sum(share) + (sel - logits.shape[-1]) * empty)
+        return share * (1.0 / (row_sum(share) + (sel - logits.shape[-1]) * empty))
     fade = torch.exp(torch.clamp(logits, max=0.0) / torch.clamp(occupancy, min=1e-30))
     kept = occupancy * share + (1.0 - occupancy) * (share - empty) * fade
-    return share / (row_sum(kept) + (sel - row_sum(occupancy)) * empty)
+    return share * (1.0 / (row_sum(kept) + (sel - row_sum(occupancy)) * empty))
 
 
 def slot_occupancy(w: Tensor, saturated: Tensor, sel: int) -> Tensor:

@@ -275,6 +275,16 @@ def row_sum(x: Tensor) -> Tensor:
     return _RowSum.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def row_peak(logits: Tensor) -> Tensor:
+    """Largest entry of the last axis to float32 precision, kept as an axis of one: what a softmax subtracts.
+
+    Its value cancels, so there is no derivative. The compiler's code for extrema of short rows is twice as
+    fast for floats as for doubles (torch 2.13).
+    """
+    peak: Tensor = logits.detach().to(torch.float32).amax(-1, keepdim=True).to(logits.dtype)
+    return peak
+
+
 def safe_norm(x: Tensor) -> Tensor:
     """Euclidean norm over the last axis, kept as an axis of one, with gradient zero at the origin."""
     square = (x * x).sum(-1, keepdim=True)

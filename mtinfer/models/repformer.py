@@ -22,7 +22,7 @@ from ..inputs import ParameterSpec
 from .environment import Environment, statistics, statistics_parameters
 from .fading_softmax import SHIFT, fading_softmax, saturated_slots, slot_occupancy
 from .gather import Index, gather, settled
-from .layers import Weights, activation, required, row_sum, safe_norm, switch, without_prefix
+from .layers import Weights, activation, required, row_peak, row_sum, safe_norm, switch, without_prefix
 from .layout import Argument
 from .stage import Call, Nearby, Tensors, joined, pieces
 
@@ -514,13 +514,12 @@ class RepformerLayer:
         gate, weight = (settled((x @ x.transpose(1, 2)).unsqueeze(2)) for x in products)
         scale = gate if self.options.attn2_has_gate else weight
         shift = SHIFT * weight if self.smooth else weight
-        return _Pairs(scale, shift, gate / math.sqrt(3.0))
+        return _Pairs(scale, shift, gate * 3.0**-0.5)
 
 
 def _masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """Softmax over the entries of the last axis where `mask` is 1, zero elsewhere."""
     logits = torch.where(mask > 0, logits, -torch.inf)
-    peak = torch.clamp(logits.amax(-1, keepdim=True), min=torch.finfo(logits.dtype).min).detach()
-    share = torch.exp(logits - peak)
+    share = torch.exp(logits - torch.clamp(row_peak(logits), min=torch.finfo(torch.float32).min))
     total = row_sum(share)
-    return share / torch.where(total > 0, total, 1.0)
+    return share * (1.0 / torch.where(total > 0, total, 1.0))
