@@ -18,12 +18,24 @@ from .environment import (
     Environment,
     TypeEmbedding,
     add_to_first_row,
+    distances,
     invariants,
     statistics,
     statistics_parameters,
 )
 from .gather import lookup
-from .layers import Network, Weights, layer_norm, precision, required, row_peak, safe_norm
+from .layers import (
+    Network,
+    Sloped,
+    Weights,
+    along,
+    layer_norm,
+    precision,
+    radial_moment,
+    required,
+    row_peak,
+    safe_norm,
+)
 from .layout import (
     Argument,
     Layout,
@@ -93,13 +105,13 @@ class PairNetwork:
             kept[f"{self.prefix}.pair_types"] = pair_types
         return kept
 
-    def __call__(self, s: Tensor, w: Tensor, pair: Tensor, weights: Weights) -> Tensor:
+    def __call__(self, s: Sloped, w: Sloped, pair: Tensor, weights: Weights) -> Sloped:
         """Pair features.
 
         Parameters
         ----------
         s, w
-            shape (..., 1), first component of the environment row, and switch.
+            shape (..., 1), first component of the environment row, and switch, functions of the distance.
         pair
             shape (...), row of the pair tables.
 
@@ -111,10 +123,12 @@ class PairNetwork:
         if not self.strip:
             rest = lookup(weights[f"{self.prefix}.pair_types"], pair)
             return self.radial.on_scalar(s, rest, lookup(shift, pair), weights)
+        g = self.radial.on_scalar(s, None, shift, weights)
         factor = lookup(weights[f"{self.prefix}.pair_factor"], pair)
-        if self.smooth:
-            factor = factor * w
-        return self.radial.on_scalar(s, s, shift, weights) * (1.0 + factor)
+        if not self.smooth:
+            return Sloped(g.value * (1.0 + factor), g.slope * (1.0 + factor))
+        scale = 1.0 + factor * w.value
+        return Sloped(g.value * scale, g.slope * scale + g.value * (factor * w.slope))
 
 
 @dataclass(frozen=True)
@@ -359,7 +373,8 @@ class DPA1:
         s = (-prepared[f"{self.block}.mean"] / prepared[f"{self.block}.stddev"])[:, :1]
         s = s.repeat_interleave(n_types, 0)
         pair = torch.arange(n_types * n_types, device=s.device)
-        g = self.pair_network(s, torch.zeros_like(s), pair, prepared)
+        nothing = torch.zeros_like(s)
+        g = self.pair_network(Sloped(s, nothing), Sloped(nothing, nothing), pair, prepared).value
         for k in range(self.attention.n_layers):
             g = self.attention.close(k, g, 0.0, prepared)
         return s * g
@@ -429,19 +444,22 @@ class DPA1:
         descriptor, shape (n, width), and types, shape (n,)
         """
         types, pair, empty_pair, n_empty, n_phantom = tensors
-        rows, w, mask = self.rows(displacements[0], types, weights)
-        g = self.pair_network(rows[..., :1], w, pair, weights)
+        vectors, statistics_i = displacements[0].to(self.dtype), self.statistics(types, weights)
+        rows, w, mask = self.environment.rows(vectors, *statistics_i)
+        r = distances(vectors)
+        g = self.pair_network(*self.environment.radial(r.detach(), *statistics_i), pair, weights)
         if self.attention.n_layers:
             # each centre's phantoms: the slots that upstream has and this array lacks
             n_phantom = n_phantom.to(self.dtype)[:, None, None]
-            g = self.attention(g, rows, w, mask, n_phantom, weights)
-        moment = rows.transpose(1, 2) @ g
+            moment = rows.transpose(1, 2) @ self.attention(along(r, g), rows, w, mask, n_phantom, weights)
+        else:
+            moment = radial_moment(rows, r, g)
         return self.features(moment, types, empty_pair, n_empty, weights), types
 
-    def rows(self, displacements: Tensor, types: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-        """Environment rows, switch and mask of every slot; see `Environment.rows`."""
+    def statistics(self, types: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the rows of centres of these types, (n,) -> (n, 1, 4) each."""
         mean, stddev = (weights[f"{self.block}.{name}"][types].unsqueeze(1) for name in ("mean", "stddev"))
-        return self.environment.rows(displacements.to(self.dtype), mean, stddev)
+        return mean, stddev
 
     def features(
         self, moment: Tensor, types: Tensor, empty_pair: Tensor, n_empty: Tensor, weights: Weights

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..inputs import ParameterSpec
 from .electron_configuration import electron_configuration
-from .layers import Weights, switch
+from .layers import Sloped, Weights, switch
 from .layout import EMPTY_BEYOND
 
 
@@ -39,12 +39,40 @@ class Environment:
         -------
         rows (n, m, 4), switch (n, m, 1), mask (n, m, 1; 1 where a slot holds a neighbour)
         """
-        r = torch.sqrt((displacements * displacements).sum(-1, keepdim=True))
-        w = switch(r, self.rcut_smth, self.rcut)
-        mask = (r < EMPTY_BEYOND * self.rcut).to(r.dtype)
+        r = distances(displacements)
+        w, mask = self.switch(r), self._mask(r)
         inverse = 1.0 / (r + self.protection)
         raw = torch.cat([inverse, displacements * (inverse * inverse)], dim=-1) * w
         return (raw - mean) / stddev * mask, w, mask
+
+    def switch(self, r: Tensor) -> Tensor:
+        """Smooth cutoff at distances of any shape."""
+        return switch(r, self.rcut_smth, self.rcut)
+
+    def radial(self, r: Tensor, mean: Tensor, stddev: Tensor) -> tuple[Sloped, Sloped]:
+        """First component of the standardised rows, and switch, as functions of the distance.
+
+        Parameters
+        ----------
+        r
+            shape (n, m, 1), Å.
+        mean, stddev
+            as in `rows`.
+        """
+
+        def first(r: Tensor) -> Tensor:
+            raw = 1.0 / (r + self.protection) * self.switch(r)
+            return (raw - mean[..., :1]) / stddev[..., :1] * self._mask(r)
+
+        return Sloped.of(first, r), Sloped.of(self.switch, r)
+
+    def _mask(self, r: Tensor) -> Tensor:
+        return (r < EMPTY_BEYOND * self.rcut).to(r.dtype)
+
+
+def distances(displacements: Tensor) -> Tensor:
+    """Lengths, shape (..., 3) -> (..., 1)."""
+    return torch.sqrt((displacements * displacements).sum(-1, keepdim=True))
 
 
 def statistics(weights: Weights, prefix: str) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -149,6 +149,84 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     )
 
 
+class Sloped(NamedTuple):
+    """Values of a function of one variable x, and its derivative by x where they were taken: one shape."""
+
+    value: Tensor
+    slope: Tensor
+
+    @classmethod
+    def of(cls, function: Callable[[Tensor], Tensor], x: Tensor) -> Sloped:
+        """Evaluate an elementwise function; both parts can be differentiated by what `x` comes from."""
+        further = x.requires_grad
+        with torch.enable_grad():
+            x = x if further else x.detach().requires_grad_(True)
+            value = function(x)
+            # of the sum: gradients of arrays make torch import its symbolic shapes, half a second
+            (slope,) = torch.autograd.grad(value.sum(), x, create_graph=further)
+        return cls(value, slope) if further else cls(value.detach(), slope)
+
+
+class _Along(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return row_sum(gradient * ctx.saved_tensors[0]), gradient, None
+
+
+def along(x: Tensor, y: Sloped) -> Tensor:
+    """Functions of `x` (..., 1), shape (..., c), that are differentiated by it by way of their slopes."""
+    return _Along.apply(x, *y)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _RadialMoment(torch.autograd.Function):
+    @staticmethod
+    def forward(rows: Tensor, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        return rows.transpose(1, 2) @ value
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        rows, _, value, slope = inputs
+        ctx.save_for_backward(rows, value, slope)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        rows, value, slope = ctx.saved_tensors
+        back = gradient.transpose(1, 2)
+        of_x = (rows * (slope @ back)).sum(-1, keepdim=True)
+        of_value = rows @ gradient if ctx.needs_input_grad[2] else None
+        return value @ back, of_x, of_value, None
+
+
+def radial_moment(rows: Tensor, x: Tensor, y: Sloped) -> Tensor:
+    """Sum over slots of rows ⊗ functions of one number per slot.
+
+    The derivative by that number is one more moment, that of the slopes; nothing of the size of `y` is made
+    on the way back.
+
+    Parameters
+    ----------
+    rows
+        shape (n, m, d).
+    x
+        shape (n, m, 1), what the moment is differentiated by.
+    y
+        shape (n, m, c), functions of `x`, made of ``x.detach()``.
+
+    Returns
+    -------
+    shape (n, d, c)
+    """
+    return _RadialMoment.apply(rows, x, *y)  # type: ignore[no-any-return, no-untyped-call]
+
+
 @dataclass(frozen=True)
 class Network:
     """Fully connected network whose hidden layers carry a shortcut where the widths allow it.
@@ -207,7 +285,10 @@ class Network:
         """All of layer `k` that follows the affine map; `x` is the input, features are on `axis`."""
         if not self._is_hidden(k):
             return affine
-        y = activation(self.activation)(affine)
+        return self._close(k, activation(self.activation)(affine), x, weights, axis)
+
+    def _close(self, k: int, y: Tensor, x: Tensor, weights: Weights, axis: int) -> Tensor:
+        """What hidden layer `k` does to the activation `y` of its input `x`; linear in both."""
         idt = weights.get(f"{self.prefix}.layers.{k}.idt")
         if idt is not None:
             y = y * (idt if axis == -1 else idt.unsqueeze(1))
@@ -224,23 +305,38 @@ class Network:
             x = self.layer(k, x, weights)
         return x
 
-    def on_scalar(self, s: Tensor, rest: Tensor, shift: Tensor, weights: Weights) -> Tensor:
-        """Evaluate on the input [s, rest] whose constant part was multiplied out beforehand.
+    def on_scalar(self, s: Sloped, rest: Tensor | None, shift: Tensor, weights: Weights) -> Sloped:
+        """Evaluate a net without linear output on the input [s, rest], of which only s varies.
 
         Parameters
         ----------
         s
             shape (..., 1), the first input.
         rest
-            shape (..., n_0 - 1), the other inputs; read only where layer 0 has a shortcut.
+            shape (..., n_0 - 1), the other inputs, None where there are none; read only where layer 0 has a
+            shortcut.
         shift
             shape (..., n_1), ``rest @ w[1:] + b`` of layer 0.
+
+        Returns
+        -------
+        shape (..., n_L), with slopes by what those of `s` are by
         """
-        affine = s * weights[f"{self.prefix}.layers.0.w"][0] + shift
-        x = torch.cat([s, rest], dim=-1) if self.repeats(0) and self.widths[0] > 1 else s
-        x = self.finish(0, affine, x, weights)
-        for k in range(1, self.n_layers):
-            x = self.layer(k, x, weights)
+        x = s
+        if rest is not None and self.repeats(0):
+            x = Sloped(
+                torch.cat([s.value, rest], dim=-1), torch.cat([s.slope, torch.zeros_like(rest)], dim=-1)
+            )
+        for k in range(self.n_layers):
+            layer = f"{self.prefix}.layers.{k}"
+            w = weights[f"{layer}.w"]
+            if k == 0:
+                affine = Sloped(s.value * w[0] + shift, s.slope * w[0])
+            else:
+                affine = Sloped(x.value @ w + weights[f"{layer}.b"], x.slope @ w)
+            y = Sloped.of(activation(self.activation), affine.value)
+            pieces = zip((y.value, y.slope * affine.slope), x, strict=True)
+            x = Sloped(*(self._close(k, of_y, of_x, weights, -1) for of_y, of_x in pieces))
         return x
 
 

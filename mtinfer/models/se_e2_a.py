@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..inputs import GraphInputs, ParameterSpec
 from .environment import Environment, add_to_first_row, invariants, statistics, statistics_parameters
-from .layers import Network, Weights, precision, required
+from .layers import Network, Sloped, Weights, precision, radial_moment, required
 from .layout import Argument, Layout, Pairs, Selection, VectorsOnSlots, padded_rows, row_chunks
 
 _BLOCK = "descriptor"
@@ -159,7 +159,10 @@ class SeE2A:
         """
 
         def moment(t: int, rows: Tensor) -> Tensor:
-            return rows.transpose(1, 2) @ self.network(t)(rows[..., :1], weights)
+            network, s = self.network(t), rows[..., :1]
+            first = Sloped(s.detach(), torch.ones_like(s))
+            shift = weights[f"{network.prefix}.layers.0.b"]
+            return radial_moment(rows, s, network.on_scalar(first, None, shift, weights))
 
         return self.describe(displacements, tensors, weights, moment)
 

@@ -19,7 +19,7 @@ from ..errors import UnsupportedModelError
 from ..inputs import GraphInputs, ParameterSpec
 from .dpa1 import DPA1
 from .gather import lookup
-from .layers import Weights
+from .layers import Sloped, Weights
 from .layout import Argument, Layout, Pairs, Selection
 from .se_e2_a import SeE2A
 
@@ -196,7 +196,11 @@ class TabulatedDPA1(_Tabulated[DPA1]):
         mean, stddev = (group[f"{block}.{name}"][list(self.types)] for name in ("mean", "stddev"))
         lowest, highest = _interval(mean, stddev, self.exact.environment.protection)
         shift = group[f"{block}.pair_shift"]
-        return lowest, highest, lambda s: network.radial.on_scalar(s, s, shift, group)
+
+        def net(s: Tensor) -> Tensor:
+            return network.radial.on_scalar(Sloped(s, torch.ones_like(s)), None, shift, group).value
+
+        return lowest, highest, net
 
     def prepare(self, weights: Weights) -> list[dict[str, Tensor]]:
         """Weights for the graph, in the single group of this descriptor."""
@@ -247,7 +251,8 @@ class TabulatedDPA1(_Tabulated[DPA1]):
         """
         types, neighbors, empty_pair, n_empty, species = tensors
         exact = self.exact
-        rows, w, _ = exact.rows(displacements[0], types, weights)
+        vectors, statistics_i = displacements[0].to(exact.dtype), exact.statistics(types, weights)
+        rows, w, _ = exact.environment.rows(vectors, *statistics_i)
         planes = rows.transpose(1, 2)
         chosen = (neighbors.unsqueeze(1) == species.unsqueeze(1)).to(exact.dtype)
         if exact.pair_network.smooth:

@@ -11,7 +11,18 @@ import torch
 from random_models import network, random_weights
 
 from mtinfer.errors import UnsupportedModelError
-from mtinfer.models.layers import Network, activation, layer_norm, precision, required, safe_norm, switch
+from mtinfer.models.layers import (
+    Network,
+    Sloped,
+    activation,
+    along,
+    layer_norm,
+    precision,
+    radial_moment,
+    required,
+    safe_norm,
+    switch,
+)
 
 X = torch.linspace(-12.0, 12.0, 97, dtype=torch.float64)
 
@@ -119,8 +130,58 @@ def test_network_on_a_scalar_with_the_rest_multiplied_out(widths: tuple[int, ...
     net = Network("net", widths, "tanh", True, torch.float64)
     weights = random_weights(net.parameters())
     x = torch.randn(5, widths[0], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x.requires_grad_(True)
+    expected = net(x, weights)
     shift = x[:, 1:] @ weights["net.layers.0.w"][1:] + weights["net.layers.0.b"]
-    torch.testing.assert_close(net.on_scalar(x[:, :1], x[:, 1:], shift, weights), net(x, weights))
+    first = Sloped(x[:, :1].detach(), torch.full((5, 1), 3.0, dtype=torch.float64))
+    got = net.on_scalar(first, x[:, 1:] if widths[0] > 1 else None, shift, weights)
+    torch.testing.assert_close(got.value, expected)
+    slopes = [torch.autograd.grad(column.sum(), x, retain_graph=True)[0][:, 0] for column in expected.T]
+    torch.testing.assert_close(got.slope, 3.0 * torch.stack(slopes, 1))
+
+
+@pytest.mark.parametrize(
+    "name", ["tanh", "relu", "relu6", "sigmoid", "softplus", "gelu", "silu", "silut:2.1", "none"]
+)
+def test_slopes_are_derivatives_that_can_be_differentiated(name: str) -> None:
+    x = X.clone().requires_grad_(True)
+    function = activation(name)
+    (expected,) = torch.autograd.grad(function(x).sum(), x)
+    value, slope = Sloped.of(function, X)
+    assert not value.requires_grad
+    assert not slope.requires_grad
+    torch.testing.assert_close(value, function(X))
+    torch.testing.assert_close(slope, expected)
+    step = 1e-5
+    (second,) = torch.autograd.grad(Sloped.of(function, x).slope.sum() + x.sum(), x)
+    difference = Sloped.of(function, X + step).slope - Sloped.of(function, X - step).slope
+    smooth = (X.abs() > 2.0 * step) & ((X - 6.0).abs() > 2.0 * step)  # relu and relu6 have kinks
+    torch.testing.assert_close(
+        (second - 1.0)[smooth], (difference / (2.0 * step))[smooth], rtol=1e-6, atol=1e-6
+    )
+
+
+def _radial_features(x: torch.Tensor, w: torch.Tensor) -> Sloped:
+    return Sloped(torch.sin(x * w), w * torch.cos(x * w))
+
+
+@pytest.mark.parametrize("moment", [radial_moment, lambda rows, x, y: rows.transpose(1, 2) @ along(x, y)])
+def test_radial_features_are_differentiated_by_their_slopes(moment: Callable[..., torch.Tensor]) -> None:
+    """The same derivatives by rows, distances and weights, and of those by weights, as by autograd alone."""
+    generator = torch.Generator().manual_seed(3)
+    rows, x, w = (
+        torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for shape in ((2, 5, 4), (2, 5, 1), (3,))
+    )
+
+    def derivatives(m: torch.Tensor) -> list[torch.Tensor]:
+        energy = (m * m * m).sum()
+        of_rows, of_x = torch.autograd.grad(energy, (rows, x), create_graph=True)
+        loss = energy + (of_rows * of_rows).sum() + (of_x * of_x).sum()
+        return [of_rows, of_x, *torch.autograd.grad(loss, w)]
+
+    expected = derivatives(rows.transpose(1, 2) @ _radial_features(x, w).value)
+    torch.testing.assert_close(derivatives(moment(rows, x, _radial_features(x.detach(), w))), expected)
 
 
 def test_layer_norm() -> None:
