@@ -18,6 +18,7 @@ from ..errors import TrainingError
 from ..graph import CompileMode
 from .curves import LearningCurve, plot_curve
 from .loss import Errors
+from .optimizer import Optimizer
 from .plan import Plan, Task
 from .ranks import Ranks
 from .sampling import Batches, Sampler, System
@@ -149,20 +150,15 @@ class Trainer:
                 found[f"{self._owners(task.name, name)}/{name}"] = self.weights[task.name][name]
         return found
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def _optimizer(self) -> Optimizer:
         options = self.plan.config.optimizer
-        kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[options.name]
-        start = self.plan.schedule.start
-        optimizer: torch.optim.Optimizer = kind(
-            list(self.parameters.values()),
-            lr=start,
+        return Optimizer(
+            self.parameters,
+            start=self.plan.schedule.start,
             betas=options.betas,
             weight_decay=options.weight_decay,
-            fused=True,
+            decoupled=options.name == "AdamW",
         )
-        for group in optimizer.param_groups:
-            group["initial_lr"] = start
-        return optimizer
 
     def _ema(self, stored: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
         if self.plan.config.run.ema_decay is None:
@@ -247,22 +243,19 @@ class Trainer:
                 f"{lr:.3g}); lower start_lr or look at the data; {self.keeper._last_good()}"
             )
         self._errors[k] = self._errors[k] + Errors.of(batch, result.energy, result.forces, result.virial)
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        for name, gradient in zip(names, gradients, strict=True):
-            self.weights[task.name][name].grad = gradient
-        self._update(lr)
+        labels_of = (f"{self._owners(task.name, name)}/{name}" for name in names)
+        self._update(dict(zip(labels_of, gradients, strict=True)), lr)
         self.step += 1
         return lr
 
-    def _update(self, lr: float) -> None:
+    def _update(self, gradients: dict[str, Tensor], lr: float) -> None:
         run = self.plan.config.run
         if run.gradient_max_norm > 0.0:
-            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), run.gradient_max_norm)
+            norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+            shrink = torch.clamp(run.gradient_max_norm / (norm + 1e-6), max=1.0)
+            gradients = {label: gradient * shrink for label, gradient in gradients.items()}
         scale = {"linear": float(self.ranks.size), "sqrt": math.sqrt(self.ranks.size), "none": 1.0}
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * scale[self.plan.config.learning_rate["scale_by_worker"]]
-        self.optimizer.step()
+        self.optimizer.update(gradients, lr * scale[self.plan.config.learning_rate["scale_by_worker"]])
         if self.ema is not None and run.ema_decay is not None:
             for label, average in self.ema.items():
                 average.lerp_(self.parameters[label].detach(), 1.0 - run.ema_decay)
