@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .checkpoint.heads import DEFAULT_HEAD
 from .errors import MtinferError
 
 __all__ = ["ARCHITECTURES", "Figures", "measure", "water"]
@@ -153,7 +154,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 class Figures:
     """What one process found for one model, one size."""
 
-    architecture: str
+    model: str
     engine: str
     #: radial embedding nets evaluated by series
     tabulated: bool
@@ -204,11 +205,20 @@ def water(n_atoms: int, seed: int = 0) -> ase.Atoms:
 
 
 def measure(
-    architecture: str, n_atoms: int, *, steps: int, threads: int, device: str, tabulate: bool
+    model: str, head: str | None, n_atoms: int, *, steps: int, threads: int, device: str, tabulate: bool
 ) -> Figures:
-    """Measure mtinfer in a fresh process."""
+    """Measure mtinfer in a fresh process.
+
+    Parameters
+    ----------
+    model
+        name of `ARCHITECTURES`, which gets random weights, or path of a model with the elements O and H.
+    head
+        head of the file; None where it has only one.
+    """
     request = {
-        "architecture": architecture,
+        "model": model,
+        "head": head,
         "n_atoms": n_atoms,
         "steps": steps,
         "threads": threads,
@@ -220,24 +230,29 @@ def measure(
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise MtinferError(f"measuring {architecture} at {n_atoms} atoms failed: {reason}")
+        raise MtinferError(f"measuring {model} at {n_atoms} atoms failed: {reason}")
     return Figures(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def measure_deepmd(
-    python: Path, script: Path, architecture: str, n_atoms: int, *, steps: int, threads: int
+    python: Path, script: Path, model: str, head: str | None, n_atoms: int, *, steps: int, threads: int
 ) -> dict[str, dict[str, Any]]:
     """Measure deepmd-kit on the same weights and the same structure with the interpreter `python`.
 
     Returns
     -------
-    form of the model (``pt``, ``pt-no-jit``, ``pth``) -> its figures, or ``{"error": ...}``
+    form of the model (``pt``, ``pt-no-jit``, ``pth``, ``pt2``) -> its figures, or ``{"error": ...}``
     """
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint, structure = Path(folder) / "model.pt", Path(folder) / "water.extxyz"
-        _write_checkpoint(checkpoint, architecture)
+        structure = Path(folder) / "water.extxyz"
         ase.io.write(structure, water(n_atoms))
-        command = [str(python), str(script), str(checkpoint), "--head", "water"]
+        command = [
+            str(python),
+            str(script),
+            str(_file_of(model, Path(folder))),
+            "--head",
+            head or DEFAULT_HEAD,
+        ]
         command += [
             "--structure",
             str(structure),
@@ -255,23 +270,27 @@ def measure_deepmd(
     return forms
 
 
-def _write_checkpoint(path: Path, architecture: str) -> None:
+def _file_of(model: str, folder: Path) -> Path:
+    """Path of a model that is given by name or path; named ones are written into `folder`."""
+    if model not in ARCHITECTURES:
+        return Path(model)
     from .testing import write_random_checkpoint
 
-    write_random_checkpoint(path, {"type_map": ["O", "H"], **ARCHITECTURES[architecture]})
+    path = folder / "model.pt"
+    write_random_checkpoint(path, {"type_map": ["O", "H"], **ARCHITECTURES[model]})
+    return path
 
 
 def _measure_here(
-    architecture: str, n_atoms: int, steps: int, threads: int, device: str, tabulate: bool
+    model: str, head: str | None, n_atoms: int, steps: int, threads: int, device: str, tabulate: bool
 ) -> Figures:
     from .calculator import MTCalculator
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "model.pt"
-        _write_checkpoint(checkpoint, architecture)
+        path = _file_of(model, Path(folder))
         began = time.perf_counter()
-        calculator = MTCalculator(checkpoint, head="water", device=device, compile="wait", tabulate=tabulate)
+        calculator = MTCalculator(path, head=head, device=device, compile="wait", tabulate=tabulate)
     load_s = time.perf_counter() - began
     atoms = water(n_atoms)
     start = atoms.get_positions()
@@ -285,9 +304,9 @@ def _measure_here(
         seconds.append(time.perf_counter() - began)
     peak = _peak_rss_mib()
     gflop, gbyte, n_edges = _count(calculator, atoms)
-    where = calculator.potential.device
+    rate = _matmul_gflops(*_largest_weight(calculator))
     return Figures(
-        architecture=architecture,
+        model=model,
         engine="mtinfer",
         tabulated=tabulate,
         n_atoms=n_atoms,
@@ -299,7 +318,7 @@ def _measure_here(
         graphs_compiled=calculator.potential.graphs_compiled,
         gflop=gflop,
         gbyte=gbyte,
-        roofline_ms=1e3 * max(gflop / _matmul_gflops(where, architecture), gbyte / _copy_gbytes(where)),
+        roofline_ms=1e3 * max(gflop / rate, gbyte / _copy_gbytes(calculator.potential.device)),
     )
 
 
@@ -314,7 +333,7 @@ def _count(calculator: Any, atoms: ase.Atoms) -> tuple[float, float, int]:
     from .neighbors import find_candidates
 
     potential = calculator.potential
-    state = potential.head("water")
+    state = potential.head(calculator.head)
     inputs = potential.inputs([atoms], [find_candidates(atoms, state.model.rcut)], state)
     layouts, _ = state.model.layouts(inputs)
     traffic = _Traffic()
@@ -357,9 +376,15 @@ def _copy_gbytes(device: Any) -> float:
     return 2e-9 * source.numel() * source.element_size() / min(seconds)
 
 
-def _matmul_gflops(device: Any, architecture: str) -> float:
-    """Rate of a large matrix product in the precision of the descriptor, Gflop/s."""
-    dtype = getattr(torch, ARCHITECTURES[architecture]["descriptor"]["precision"])
+def _largest_weight(calculator: Any) -> tuple[Any, torch.dtype]:
+    """Device and dtype of the largest weight: those of most products."""
+    weights = calculator.potential.head(calculator.head).weights[0]
+    largest = max(weights, key=torch.Tensor.numel)
+    return largest.device, largest.dtype
+
+
+def _matmul_gflops(device: Any, dtype: torch.dtype) -> float:
+    """Rate of a large matrix product, Gflop/s."""
     n = 2048
     a = torch.rand(n, n, dtype=dtype, device=device)
     seconds = []
@@ -405,7 +430,7 @@ def row(figures: Figures, forms: dict[str, dict[str, Any]]) -> str:
     elif forms:
         theirs[0] = "failed"
     cells = [
-        figures.architecture + (", tabulated" if figures.tabulated else ""),
+        Path(figures.model).name + (", tabulated" if figures.tabulated else ""),
         f"{figures.n_atoms}",
         f"{figures.median_ms:.1f}",
         f"{figures.atom_steps_per_second:.0f}",

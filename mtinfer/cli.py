@@ -235,7 +235,8 @@ def _report(
 
 
 @main.command()
-@click.argument("architectures", nargs=-1)
+@click.argument("models", nargs=-1)
+@click.option("--head", help="Head of the files among MODELS; not needed where they have only one.")
 @click.option(
     "--atoms", type=int, multiple=True, default=(192, 1536), show_default=True, help="Atoms of water."
 )
@@ -256,7 +257,8 @@ def _report(
     help="Script that measures deepmd-kit.",
 )
 def bench(
-    architectures: tuple[str, ...],
+    models: tuple[str, ...],
+    head: str | None,
     atoms: tuple[int, ...],
     steps: int,
     threads: int,
@@ -267,30 +269,32 @@ def bench(
 ) -> None:
     """Measure speed and memory on water.
 
-    ARCHITECTURES (default: all) have random weights at published sizes. Prints a Markdown table of medians:
-    time per step, atoms·step/s, time over the roofline of its matrix products (operations and bytes), peak
-    memory, time of the first call and number of graphs compiled.
+    MODELS are checkpoints or converted files that know O and H, or names of architectures, which get random
+    weights at published sizes (default: all of these). Prints a Markdown table of medians: time per step,
+    atoms·step/s, time over the roofline of its matrix products (operations and bytes), peak memory, time of
+    the first call and number of graphs compiled.
     """
     from .bench import ARCHITECTURES, HEADER, measure, measure_deepmd, row
 
-    for name in architectures:
-        if name not in ARCHITECTURES:
-            raise click.UsageError(f"unknown architecture {name!r}; known are {', '.join(ARCHITECTURES)}")
+    for name in models:
+        if name not in ARCHITECTURES and not Path(name).is_file():
+            known = ", ".join(ARCHITECTURES)
+            raise click.UsageError(f"{name!r} is neither a file nor an architecture; those are {known}")
     if deepmd_python is not None and not deepmd_script.is_file():
         raise click.UsageError(
             f"no such script: {str(deepmd_script)!r}; run from the root of the repository, or name it with "
             "--deepmd-script"
         )
     click.echo(HEADER)
-    for name in architectures or ARCHITECTURES:
+    for name in models or ARCHITECTURES:
+        own = head if name not in ARCHITECTURES else "water"
         for n_atoms in atoms:
             click.echo(f"{name}, {n_atoms} atoms …", err=True)
-            figures = measure(name, n_atoms, steps=steps, threads=threads, device=device, tabulate=tabulate)
+            options: dict[str, Any] = {"steps": steps, "threads": threads}
+            figures = measure(name, own, n_atoms, device=device, tabulate=tabulate, **options)
             theirs = {}
             if deepmd_python is not None:
-                theirs = measure_deepmd(
-                    deepmd_python, deepmd_script, name, n_atoms, steps=steps, threads=threads
-                )
+                theirs = measure_deepmd(deepmd_python, deepmd_script, name, own, n_atoms, **options)
             click.echo(row(figures, theirs))
 
 

@@ -1,0 +1,45 @@
+"""`mtinfer bench`: what it measures of a file, and how it refuses."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+from reference_files import SE_E2_A
+
+from mtinfer.bench import measure, row, water
+from mtinfer.cli import main
+from mtinfer.errors import MtinferError
+
+
+def test_figures_of_a_file() -> None:
+    figures = measure(str(SE_E2_A), "water", 6, steps=2, threads=1, device="cpu", tabulate=False)
+    assert figures.n_atoms == 6
+    assert figures.graphs_compiled <= 1
+    assert 0.0 < figures.median_ms < 1e3 * figures.first_call_s
+    # every atom's fitting net is evaluated, and differentiated
+    assert figures.gflop > 0.0
+    assert figures.roofline_ms < figures.median_ms
+    assert 100.0 < figures.peak_rss_mib < 5000.0
+    theirs = {
+        "pt": {"median_ms": 4.0 * figures.median_ms, "peak_rss_mib": 2.0 * figures.peak_rss_mib},
+        "pth": {"median_ms": 3.0 * figures.median_ms, "peak_rss_mib": 4.0 * figures.peak_rss_mib},
+        "pt2": {"error": "broken"},
+    }
+    cells = row(figures, theirs).split("|")
+    assert cells[1].strip() == SE_E2_A.name
+    assert [cell.strip() for cell in cells[-3:-1]] == ["3.0x", "0.25x"]
+    assert row(figures, {"pt": {"error": "broken"}}).endswith("| failed |  |  |")
+
+
+def test_bad_requests_are_named() -> None:
+    with pytest.raises(MtinferError, match="multiple of 3"):
+        water(4)
+    with pytest.raises(MtinferError, match="head"):
+        measure(str(SE_E2_A), None, 3, steps=1, threads=1, device="cpu", tabulate=False)
+    for arguments, text in (
+        (["no-such-model"], "neither a file nor an architecture; those are se_e2_a"),
+        ([str(SE_E2_A), "--deepmd-python", __file__, "--deepmd-script", "no.py"], "no such script"),
+    ):
+        result = CliRunner().invoke(main, ["bench", *arguments])
+        assert result.exit_code == 2
+        assert text in result.output
