@@ -444,10 +444,10 @@ class DPA1:
         descriptor, shape (n, width), and types, shape (n,)
         """
         types, pair, empty_pair, n_empty, n_phantom = tensors
-        vectors, statistics_i = displacements[0].to(self.dtype), self.statistics(types, weights)
-        rows, w, mask = self.environment.rows(vectors, *statistics_i)
+        vectors, normalization = displacements[0].to(self.dtype), self.normalization(types, weights)
+        rows, w, mask = self.environment.rows(vectors, *normalization)
         r = distances(vectors)
-        g = self.pair_network(*self.environment.radial(r.detach(), *statistics_i), pair, weights)
+        g = self.pair_network(*self.environment.radial(r.detach(), *normalization), pair, weights)
         if self.attention.n_layers:
             # each centre's phantoms: the slots that upstream has and this array lacks
             n_phantom = n_phantom.to(self.dtype)[:, None, None]
@@ -456,7 +456,7 @@ class DPA1:
             moment = radial_moment(rows, r, g)
         return self.features(moment, types, empty_pair, n_empty, weights), types
 
-    def statistics(self, types: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    def normalization(self, types: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the rows of centres of these types, (n,) -> (n, 1, 4) each."""
         mean, stddev = (weights[f"{self.block}.{name}"][types].unsqueeze(1) for name in ("mean", "stddev"))
         return mean, stddev

@@ -251,8 +251,8 @@ class TabulatedDPA1(_Tabulated[DPA1]):
         """
         types, neighbors, empty_pair, n_empty, species = tensors
         exact = self.exact
-        vectors, statistics_i = displacements[0].to(exact.dtype), exact.statistics(types, weights)
-        rows, w, _ = exact.environment.rows(vectors, *statistics_i)
+        vectors, normalization = displacements[0].to(exact.dtype), exact.normalization(types, weights)
+        rows, w, _ = exact.environment.rows(vectors, *normalization)
         planes = rows.transpose(1, 2)
         chosen = (neighbors.unsqueeze(1) == species.unsqueeze(1)).to(exact.dtype)
         if exact.pair_network.smooth:
