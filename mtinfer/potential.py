@@ -214,6 +214,7 @@ class Potential:
             torch.from_numpy(np.concatenate(per_atom)).to(self.device),
         )
 
+    @torch.inference_mode(False)
     def energies(
         self, atoms: ase.Atoms | Sequence[ase.Atoms], heads: Sequence[str] | None = None
     ) -> dict[str, NDArray[np.float64]]:
@@ -330,6 +331,7 @@ class Potential:
             warnings.warn(text, PredictionWarning, stacklevel=4)
 
 
+@torch.inference_mode(False)  # slopes of the nets need derivatives, too
 def load(
     path: str | os.PathLike[str],
     *,

@@ -38,6 +38,18 @@ def test_energies_equal_those_of_evaluate(path: Path) -> None:
     require_energies(mtinfer.load(path, device="cpu", compile=False), path)
 
 
+@pytest.mark.parametrize("tabulate", [False, True])
+@pytest.mark.parametrize("path", [SE_E2_A, STRIP], ids=lambda path: path.stem)
+def test_in_a_callers_inference_mode(path: Path, tabulate: bool) -> None:
+    structures = [atoms for atoms, _ in expected(path, "water")]
+    there = mtinfer.load(path, device="cpu", compile=False, tabulate=tabulate).energies(structures, ["water"])
+    with torch.inference_mode():
+        potential = mtinfer.load(path, device="cpu", compile=False, tabulate=tabulate)
+        np.testing.assert_array_equal(potential.energies(structures, ["water"])["water"], there["water"])
+    after = [prediction.energy for prediction in potential.evaluate(structures, "water")]
+    np.testing.assert_allclose(after, there["water"], rtol=1e-12)
+
+
 @pytest.mark.parametrize("path", [DPA2, DPA3], ids=lambda path: path.stem)
 def test_large_structures_go_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("dpa2", "dpa3"):
