@@ -41,7 +41,7 @@ def test_the_same_numbers_and_state_as_torch(decoupled: bool) -> None:
     assert state["state"].keys() == expected["state"].keys() == {0, 1}
     for k, moments in expected["state"].items():
         assert all(torch.equal(state["state"][k][kind], tensor) for kind, tensor in moments.items())
-    theirs.load_state_dict(state)  # deepmd-kit restarts from it
+    theirs.load_state_dict(state)
     assert theirs.param_groups[0]["lr"] == lr
 
 
