@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..errors import StructureError
 from ..inputs import GraphInputs, ParameterSpec
+from .activations import activation
 from .environment import TypeEmbedding
 from .gather import Index, lookup
-from .layers import Weights, activation, precision, required
+from .layers import Weights, precision, required
 from .layout import Argument, Layout, Pairs, Selection, ranks
 from .repflow import Division, Repflow, RepflowOptions
 from .repflow_layer import Lists

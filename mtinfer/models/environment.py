@@ -46,7 +46,7 @@ class Environment:
         return (raw - mean) / stddev * mask, w, mask
 
     def switch(self, r: Tensor) -> Tensor:
-        """Smooth cutoff at distances of any shape."""
+        """Smooth cutoff at distances of any shape, Å."""
         return switch(r, self.rcut_smth, self.rcut)
 
     def radial(self, r: Tensor, mean: Tensor, stddev: Tensor) -> tuple[Sloped, Sloped]:
@@ -71,7 +71,7 @@ class Environment:
 
 
 def distances(displacements: Tensor) -> Tensor:
-    """Lengths, shape (..., 3) -> (..., 1)."""
+    """Lengths of displacements, shape (..., 3) -> (..., 1), Å."""
     return torch.sqrt((displacements * displacements).sum(-1, keepdim=True))
 
 

@@ -1,8 +1,7 @@
-"""Building blocks shared by all descriptors and the fitting net: activations, affine layers, switch."""
+"""Building blocks shared by all descriptors: affine layers, radial features, functions of rows, switch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModelError, nearest
+from ..errors import UnsupportedModelError
 from ..inputs import ParameterSpec
+from .activations import activation
 
 #: name -> tensor; the names are the canonical ones of `mtinfer.checkpoint.dialects`
 Weights = Mapping[str, Tensor]
@@ -41,114 +41,6 @@ def precision(name: str) -> torch.dtype:
         ) from None
 
 
-def _gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
-
-
-class _Silu(torch.autograd.Function):
-    """x σ(x), with a derivative that is computed from x alone.
-
-    torch's own has no second derivative under make_fx (torch 2.13). Each sigmoid here has one reader, since
-    Inductor writes out one that has several instead of computing it where it is needed.
-    """
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x * torch.sigmoid(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        x: Tensor = ctx.saved_tensors[0]
-        return gradient * (torch.sigmoid(x) * (1.0 + x * (1.0 - torch.sigmoid(x))))
-
-
-def _silu(x: Tensor) -> Tensor:
-    return _Silu.apply(x)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Silut(torch.autograd.Function):
-    """x σ(x) below a threshold, tanh(slope (x - threshold)) + offset above it, in one sigmoid.
-
-    tanh(y) = 2σ(2y) - 1. For the derivative see `_Silu`.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, threshold: float, slope: float, offset: float) -> Tensor:
-        low = x < threshold
-        z = torch.where(low, x, (x - threshold) * (2.0 * slope))
-        return torch.where(low, x, 2.0) * torch.sigmoid(z) + (~low).to(x.dtype) * (offset - 1.0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.threshold, ctx.slope, _ = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        low = x < ctx.threshold
-        z = torch.where(low, x, (x - ctx.threshold) * (2.0 * ctx.slope))
-        falling = torch.where(low, x, 4.0 * ctx.slope) * (1.0 - torch.sigmoid(z))
-        return gradient * (torch.sigmoid(z) * (low.to(x.dtype) + falling)), None, None, None
-
-
-def _softplus(x: Tensor) -> Tensor:
-    # overflow-safe, and free of softplus_backward, which has no second derivative under make_fx
-    return torch.clamp(x, min=0.0) + torch.log1p(torch.exp(-torch.abs(x)))
-
-
-def _silut(threshold: float) -> Callable[[Tensor], Tensor]:
-    sigma = 1.0 / (1.0 + math.exp(-threshold))
-    slope = sigma * (1.0 + threshold * (1.0 - sigma))
-    offset = threshold * sigma
-
-    def silut(x: Tensor) -> Tensor:
-        return _Silut.apply(x, threshold, slope, offset)  # type: ignore[no-any-return, no-untyped-call]
-
-    return silut
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "relu": lambda x: torch.clamp(x, min=0.0),
-    "relu6": lambda x: torch.clamp(x, min=0.0, max=6.0),
-    "sigmoid": torch.sigmoid,
-    "softplus": _softplus,
-    "gelu": _gelu,
-    "gelu_tf": _gelu,
-    "silu": _silu,
-    "none": _identity,
-    "linear": _identity,
-}
-
-
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """Return the activation function of a configuration; `silut:t` carries its threshold.
-
-    Raises
-    ------
-    UnsupportedModelError
-        For an unknown name.
-    """
-    kind, _, argument = name.lower().partition(":")
-    if kind in ("silut", "custom_silu"):
-        return _silut(float(argument) if argument else 3.0)
-    if kind in _ACTIVATIONS and not argument:
-        return _ACTIVATIONS[kind]
-    allowed = (*_ACTIVATIONS, "silut[:threshold]")
-    raise UnsupportedModelError(
-        f"activation function {name!r} is unknown{nearest(name, allowed)}; known are {', '.join(allowed)}"
-    )
-
-
 class Sloped(NamedTuple):
     """Values of a function of one variable x, and its derivative by x where they were taken: one shape."""
 
@@ -157,7 +49,7 @@ class Sloped(NamedTuple):
 
     @classmethod
     def of(cls, function: Callable[[Tensor], Tensor], x: Tensor) -> Sloped:
-        """Evaluate an elementwise function; both parts can be differentiated by what `x` comes from."""
+        """Evaluate an elementwise function at `x`, any shape; both parts are differentiable where `x` is."""
         further = x.requires_grad
         with torch.enable_grad():
             x = x if further else x.detach().requires_grad_(True)
@@ -335,8 +227,10 @@ class Network:
             else:
                 affine = Sloped(x.value @ w + weights[f"{layer}.b"], x.slope @ w)
             y = Sloped.of(activation(self.activation), affine.value)
-            pieces = zip((y.value, y.slope * affine.slope), x, strict=True)
-            x = Sloped(*(self._close(k, of_y, of_x, weights, -1) for of_y, of_x in pieces))
+            x = Sloped(
+                self._close(k, y.value, x.value, weights, -1),
+                self._close(k, y.slope * affine.slope, x.slope, weights, -1),
+            )
         return x
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..inputs import ParameterSpec
+from .activations import activation
 from .environment import statistics_parameters
 from .gather import Index, gather, settled
-from .layers import Weights, activation, safe_norm, switch, without_prefix
+from .layers import Weights, safe_norm, switch, without_prefix
 from .layout import Argument
 from .repflow_layer import Lists, RepflowLayer, Surroundings
 from .stage import Call, Nearby, Tensors, joined, pieces

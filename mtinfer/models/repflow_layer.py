@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .activations import activation
 from .gather import Index, gather, moment, segment_sum
-from .layers import Weights, activation
+from .layers import Weights
 from .layout import Argument
 from .stage import Tensors
 

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..inputs import ParameterSpec
+from .activations import activation
 from .environment import Environment, statistics, statistics_parameters
 from .fading_softmax import SHIFT, fading_softmax, saturated_slots, slot_occupancy
 from .gather import Index, gather, settled
-from .layers import Weights, activation, required, row_peak, row_sum, safe_norm, switch, without_prefix
+from .layers import Weights, required, row_peak, row_sum, safe_norm, switch, without_prefix
 from .layout import Argument
 from .stage import Call, Nearby, Tensors, joined, pieces
 

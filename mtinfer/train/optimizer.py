@@ -63,7 +63,7 @@ class Optimizer:
                     "exp_avg_sq": torch.zeros_like(weight),
                 }
         states = [self._state[name] for name in gradients]
-        options = self._options
+        beta1, beta2 = self._options["betas"]
         adam(
             [self._weights[name] for name in gradients],
             list(gradients.values()),
@@ -72,11 +72,9 @@ class Optimizer:
             [],
             [state["step"] for state in states],
             fused=True,
-            lr=lr,
-            beta1=options["betas"][0],
-            beta2=options["betas"][1],
-            **{key: options[key] for key in ("eps", "weight_decay", "decoupled_weight_decay")},
-            **{key: options[key] for key in ("amsgrad", "maximize")},
+            beta1=beta1,
+            beta2=beta2,
+            **{key: value for key, value in self._options.items() if key not in ("betas", "initial_lr")},
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from mtinfer.errors import StructureError, UnsupportedModelError
 from mtinfer.graph import trace
 from mtinfer.inputs import GraphInputs
 from mtinfer.models import EnergyModel
+from mtinfer.models.activations import activation
 from mtinfer.models.gather import Index
-from mtinfer.models.layers import activation
 from mtinfer.models.layout import Layout
 from mtinfer.models.stage import directly
 from mtinfer.neighbors import find_candidates, graph_inputs

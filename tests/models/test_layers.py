@@ -11,10 +11,10 @@ import torch
 from random_models import network, random_weights
 
 from mtinfer.errors import UnsupportedModelError
+from mtinfer.models.activations import activation
 from mtinfer.models.layers import (
     Network,
     Sloped,
-    activation,
     along,
     layer_norm,
     precision,
