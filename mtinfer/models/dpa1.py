@@ -48,6 +48,9 @@ from .layout import (
     with_empty,
 )
 
+#: attention makes arrays of slots times slots of one centre
+_SLOTS_PER_CALL_WITH_ATTENTION = 6144
+
 
 @dataclass(frozen=True)
 class PairNetwork:
@@ -117,16 +120,17 @@ class PairNetwork:
 
         Returns
         -------
-        shape (..., neuron[-1])
+        shape (..., k, neuron[-1] / k), see `Network.folded`
         """
-        shift = weights[f"{self.prefix}.pair_shift"]
+        net, shift = self.radial, weights[f"{self.prefix}.pair_shift"]
         if not self.strip:
             rest = lookup(weights[f"{self.prefix}.pair_types"], pair)
-            return self.radial.on_scalar(s, rest, lookup(shift, pair), weights)
-        g = self.radial.on_scalar(s, None, shift, weights)
-        factor = lookup(weights[f"{self.prefix}.pair_factor"], pair)
+            return net.on_scalar(s, rest, lookup(shift, pair), weights)
+        g = net.on_scalar(s, None, shift, weights)
+        factor = net.folded(lookup(weights[f"{self.prefix}.pair_factor"], pair))
         if not self.smooth:
             return Sloped(g.value * (1.0 + factor), g.slope * (1.0 + factor))
+        w = w.each(lambda part: part.unsqueeze(-1))
         scale = 1.0 + factor * w.value
         return Sloped(g.value * scale, g.slope * scale + g.value * (factor * w.slope))
 
@@ -374,7 +378,7 @@ class DPA1:
         s = s.repeat_interleave(n_types, 0)
         pair = torch.arange(n_types * n_types, device=s.device)
         nothing = torch.zeros_like(s)
-        g = self.pair_network(Sloped(s, nothing), Sloped(nothing, nothing), pair, prepared).value
+        g = self.pair_network(Sloped(s, nothing), Sloped(nothing, nothing), pair, prepared).value.flatten(1)
         for k in range(self.attention.n_layers):
             g = self.attention.close(k, g, 0.0, prepared)
         return s * g
@@ -393,7 +397,8 @@ class DPA1:
     def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]:
         """Padded neighbour matrices, a few centres each."""
         counts = torch.bincount(pairs.centers, minlength=inputs.n_atoms)
-        return self.matrices(inputs, pairs, counts, row_chunks(counts, split=split))
+        limit = _SLOTS_PER_CALL_WITH_ATTENTION if self.attention.n_layers else None
+        return self.matrices(inputs, pairs, counts, row_chunks(counts, split=split, limit=limit))
 
     def matrices(
         self, inputs: GraphInputs, pairs: Pairs, counts: Tensor, calls: Sequence[Tensor]
@@ -447,14 +452,21 @@ class DPA1:
         vectors, normalization = displacements[0].to(self.dtype), self.normalization(types, weights)
         rows, w, mask = self.environment.rows(vectors, *normalization)
         r = distances(vectors)
-        g = self.pair_network(*self.environment.radial(r.detach(), *normalization), pair, weights)
+        radial = self.environment.radial(r.detach(), *normalization)
         if self.attention.n_layers:
+            g = self.pair_network(*radial, pair, weights).each(lambda part: part.flatten(2))
             # each centre's phantoms: the slots that upstream has and this array lacks
             n_phantom = n_phantom.to(self.dtype)[:, None, None]
             moment = rows.transpose(1, 2) @ self.attention(along(r, g), rows, w, mask, n_phantom, weights)
         else:
-            moment = radial_moment(rows, r, g)
+            own = {name: weights[name] for name in weights if name.startswith(f"{self.block}.")}
+            moment = radial_moment(self._pair_features, rows, r, (*radial[0], *radial[1], pair), own)
         return self.features(moment, types, empty_pair, n_empty, weights), types
+
+    def _pair_features(
+        self, s: Tensor, s_slope: Tensor, w: Tensor, w_slope: Tensor, pair: Tensor, weights: Weights
+    ) -> Sloped:
+        return self.pair_network(Sloped(s, s_slope), Sloped(w, w_slope), pair, weights)
 
     def normalization(self, types: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the rows of centres of these types, (n,) -> (n, 1, 4) each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import UnsupportedModelError
 from ..inputs import ParameterSpec
 from .activations import activation
+from .pieces import in_pieces
 
 #: name -> tensor; the names are the canonical ones of `mtinfer.checkpoint.dialects`
 Weights = Mapping[str, Tensor]
@@ -58,6 +59,10 @@ class Sloped(NamedTuple):
             (slope,) = torch.autograd.grad(value.sum(), x, create_graph=further)
         return cls(value, slope) if further else cls(value.detach(), slope)
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> Sloped:
+        """Apply a linear map, or one of shapes, to both parts."""
+        return Sloped(function(self.value), function(self.slope))
+
 
 class _Along(torch.autograd.Function):
     @staticmethod
@@ -80,43 +85,55 @@ def along(x: Tensor, y: Sloped) -> Tensor:
 
 class _RadialMoment(torch.autograd.Function):
     @staticmethod
-    def forward(rows: Tensor, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        return rows.transpose(1, 2) @ value
+    def forward(rows: Tensor, x: Tensor, value: Tensor, slope: Tensor, moment: Tensor) -> Tensor:
+        return moment.view_as(moment)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        rows, _, value, slope = inputs
+        rows, _, value, slope, _ = inputs
         ctx.save_for_backward(rows, value, slope)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         rows, value, slope = ctx.saved_tensors
         back = gradient.transpose(1, 2)
         of_x = (rows * (slope @ back)).sum(-1, keepdim=True)
         of_value = rows @ gradient if ctx.needs_input_grad[2] else None
-        return value @ back, of_x, of_value, None
+        return value @ back, of_x, of_value, None, None
 
 
-def radial_moment(rows: Tensor, x: Tensor, y: Sloped) -> Tensor:
-    """Sum over slots of rows ⊗ functions of one number per slot.
+def radial_moment(
+    function: Callable[..., Sloped], rows: Tensor, x: Tensor, arrays: Sequence[Tensor], weights: Weights
+) -> Tensor:
+    """Sum over slots of rows ⊗ functions of one number per slot, evaluated `in_pieces`.
 
-    The derivative by that number is one more moment, that of the slopes; nothing of the size of `y` is made
-    on the way back.
+    The derivative by that number is one more moment, that of the slopes; nothing of the size of the functions
+    is made on the way back.
 
     Parameters
     ----------
+    function
+        ``function(*arrays, weights)``, functions of `x` and their slopes by it, shape (n, m, k, c / k).
     rows
         shape (n, m, d).
     x
         shape (n, m, 1), what the moment is differentiated by.
-    y
-        shape (n, m, c), functions of `x`, made of ``x.detach()``.
+    arrays
+        shapes (n, m, ...), made of ``x.detach()``.
 
     Returns
     -------
     shape (n, d, c)
     """
-    return _RadialMoment.apply(rows, x, *y)  # type: ignore[no-any-return, no-untyped-call]
+
+    def with_moment(arrays: Sequence[Tensor], weights: Weights) -> tuple[Tensor, ...]:
+        rows, *own = arrays
+        y = function(*own, weights)
+        return *y, rows.transpose(1, 2) @ y.value.detach().flatten(2)
+
+    value, slope, moment = in_pieces(with_moment, (rows.detach(), *arrays), weights)
+    flat = value.flatten(2), slope.flatten(2)
+    return _RadialMoment.apply(rows, x, *flat, moment)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -212,7 +229,7 @@ class Network:
 
         Returns
         -------
-        shape (..., n_L), with slopes by what those of `s` are by
+        shape of `folded`, with slopes by what those of `s` are by
         """
         x = s
         if rest is not None and self.repeats(0):
@@ -231,7 +248,16 @@ class Network:
                 self._close(k, y.value, x.value, weights, -1),
                 self._close(k, y.slope * affine.slope, x.slope, weights, -1),
             )
-        return x
+        return x.each(self.folded)
+
+    def folded(self, y: Tensor) -> Tensor:
+        """Shape (..., n_L) -> (..., k, n_L / k), k = 2 where the last shortcut doubles its input, else 1.
+
+        What follows elementwise is fast in this shape alone: on flat rows the compiler's code finds the entry
+        of the shortcut by a division for each element (torch 2.13).
+        """
+        folded: Tensor = y.unflatten(-1, (max(1, self.repeats(self.n_layers - 1)), -1))
+        return folded
 
 
 def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:

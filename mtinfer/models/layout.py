@@ -266,11 +266,11 @@ class VectorsOnSlots:
         return on_slots(self._vectors, edges), edges
 
 
-def row_chunks(counts: Tensor, *, split: bool = True) -> list[Tensor]:
+def row_chunks(counts: Tensor, *, split: bool = True, limit: int | None = None) -> list[Tensor]:
     """Divide rows into calls of the graph, rows of similar count together.
 
-    Short calls keep the arrays of a call in the processor's cache and their memory in the allocator's
-    hands, and rows of similar count waste few slots on padding. On an accelerator calls are long.
+    Long calls make large matrix products of the work per row. Short ones keep their memory in the allocator's
+    hands, and waste few slots where counts differ.
 
     Parameters
     ----------
@@ -278,6 +278,8 @@ def row_chunks(counts: Tensor, *, split: bool = True) -> list[Tensor]:
         shape (n_rows,), slots that each row fills.
     split
         False puts all rows, even none, into one call.
+    limit
+        filled slots of a call; default: `SLOTS_PER_CALL`, or that of accelerators.
 
     Returns
     -------
@@ -287,17 +289,29 @@ def row_chunks(counts: Tensor, *, split: bool = True) -> list[Tensor]:
         return [torch.arange(counts.shape[0], device=counts.device)]
     if not counts.shape[0]:
         return []
-    limit = SLOTS_PER_CALL if counts.device.type == "cpu" else SLOTS_PER_CALL_ACCELERATOR
+    if counts.device.type != "cpu":
+        limit = SLOTS_PER_CALL_ACCELERATOR
     order = torch.argsort(counts, stable=True)
-    filled = torch.cumsum(torch.clamp(counts[order], min=1), 0)
-    n_calls = -(-int(filled[-1]) // limit)
-    call = (filled - 1) * n_calls // filled[-1]
-    return list(order.split(torch.bincount(call, minlength=n_calls).tolist()))
+    ordered = torch.clamp(counts[order], min=1)
+    filled = torch.cumsum(ordered, 0)
+    n_filled = int(filled[-1])
+    n_calls = -(-n_filled // (limit or SLOTS_PER_CALL))
+    while True:
+        call = (filled - 1) * n_calls // n_filled
+        sizes = torch.bincount(call, minlength=n_calls)
+        widest = ordered[torch.cumsum(sizes, 0).sub_(1).clamp_(min=0)]
+        if int((sizes * widest).sum()) <= MOST_PADDING * n_filled or n_filled < n_calls * SHORTEST_CALL:
+            return [rows for rows in order.split(sizes.tolist()) if rows.shape[0]]
+        n_calls *= 2
 
 
 #: neighbour slots in one call of a graph whose atoms are independent of each other
-SLOTS_PER_CALL = 6144
+SLOTS_PER_CALL = 20480
 SLOTS_PER_CALL_ACCELERATOR = 2_000_000
+#: slots, empty ones included, for each that is filled, above which calls are made shorter
+MOST_PADDING = 1.25
+#: filled slots below which they are not
+SHORTEST_CALL = 4096
 
 
 #: a slot is empty if its distance is more than this many cutoffs

@@ -159,10 +159,14 @@ class SeE2A:
         """
 
         def moment(t: int, rows: Tensor) -> Tensor:
-            network, s = self.network(t), rows[..., :1]
-            first = Sloped(s.detach(), torch.ones_like(s))
-            shift = weights[f"{network.prefix}.layers.0.b"]
-            return radial_moment(rows, s, network.on_scalar(first, None, shift, weights))
+            net, s = self.network(t), rows[..., :1]
+
+            def features(s: Tensor, weights: Weights) -> Sloped:
+                first, shift = Sloped(s, torch.ones_like(s)), weights[f"{net.prefix}.layers.0.b"]
+                return net.on_scalar(first, None, shift, weights)
+
+            own = {name: weights[name] for name in net.parameters()}
+            return radial_moment(features, rows, s, (s.detach(),), own)
 
         return self.describe(displacements, tensors, weights, moment)
 

@@ -198,7 +198,8 @@ class TabulatedDPA1(_Tabulated[DPA1]):
         shift = group[f"{block}.pair_shift"]
 
         def net(s: Tensor) -> Tensor:
-            return network.radial.on_scalar(Sloped(s, torch.ones_like(s)), None, shift, group).value
+            features = network.radial.on_scalar(Sloped(s, torch.ones_like(s)), None, shift, group)
+            return features.value.flatten(1)
 
         return lowest, highest, net
 

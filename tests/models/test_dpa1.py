@@ -22,7 +22,7 @@ from random_models import (
 
 from mtinfer.errors import UnsupportedModelError
 from mtinfer.inputs import GraphInputs
-from mtinfer.models import layout
+from mtinfer.models import dpa1, layout
 from mtinfer.models.dpa1 import DPA1
 
 CONFIG = {
@@ -170,12 +170,14 @@ def cut_statistics(weights: Weights, sel: int) -> Weights:
     return weights | {f"descriptor.se_atten.{name}": rows.expand(-1, sel, -1) for name, rows in own.items()}
 
 
-def test_calls_of_any_length_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    descriptor = model(attn_layer=1, sel=40)
+@pytest.mark.parametrize("attn_layer", [0, 1])
+def test_calls_of_any_length_give_the_same(attn_layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    descriptor = model(attn_layer=attn_layer, sel=40)
     weights = random_weights(descriptor.parameters())
     inputs = inputs_of(*cluster(27), 4.0)
     whole = features(descriptor, inputs, weights)
     monkeypatch.setattr(layout, "SLOTS_PER_CALL", 50)
+    monkeypatch.setattr(dpa1, "_SLOTS_PER_CALL_WITH_ATTENTION", 50)
     assert len(descriptor.layouts(inputs, descriptor.selection(inputs))) > 5
     np.testing.assert_allclose(features(descriptor, inputs, weights), whole, rtol=1e-12)
 

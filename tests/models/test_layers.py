@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import torch
 from random_models import network, random_weights
 
 from mtinfer.errors import UnsupportedModelError
+from mtinfer.graph import trace
 from mtinfer.models.activations import activation
 from mtinfer.models.layers import (
     Network,
@@ -23,6 +24,7 @@ from mtinfer.models.layers import (
     safe_norm,
     switch,
 )
+from mtinfer.models.layout import Argument
 
 X = torch.linspace(-12.0, 12.0, 97, dtype=torch.float64)
 
@@ -135,9 +137,10 @@ def test_network_on_a_scalar_with_the_rest_multiplied_out(widths: tuple[int, ...
     shift = x[:, 1:] @ weights["net.layers.0.w"][1:] + weights["net.layers.0.b"]
     first = Sloped(x[:, :1].detach(), torch.full((5, 1), 3.0, dtype=torch.float64))
     got = net.on_scalar(first, x[:, 1:] if widths[0] > 1 else None, shift, weights)
-    torch.testing.assert_close(got.value, expected)
+    torch.testing.assert_close(got.value.flatten(1), expected)
+    assert got.value.shape[1] == max(1, net.repeats(net.n_layers - 1))
     slopes = [torch.autograd.grad(column.sum(), x, retain_graph=True)[0][:, 0] for column in expected.T]
-    torch.testing.assert_close(got.slope, 3.0 * torch.stack(slopes, 1))
+    torch.testing.assert_close(got.slope.flatten(1), 3.0 * torch.stack(slopes, 1))
 
 
 @pytest.mark.parametrize(
@@ -161,11 +164,22 @@ def test_slopes_are_derivatives_that_can_be_differentiated(name: str) -> None:
     )
 
 
-def _radial_features(x: torch.Tensor, w: torch.Tensor) -> Sloped:
-    return Sloped(torch.sin(x * w), w * torch.cos(x * w))
+def _radial_features(x: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> Sloped:
+    w = weights["w"]
+    return Sloped(torch.sin(x * w), w * torch.cos(x * w)).each(lambda y: y.unsqueeze(2))
 
 
-@pytest.mark.parametrize("moment", [radial_moment, lambda rows, x, y: rows.transpose(1, 2) @ along(x, y)])
+def _moment_along(
+    function: Callable[..., Sloped],
+    rows: torch.Tensor,
+    x: torch.Tensor,
+    arrays: Sequence[torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    return rows.transpose(1, 2) @ along(x, function(*arrays, weights).each(lambda y: y.flatten(2)))
+
+
+@pytest.mark.parametrize("moment", [radial_moment, _moment_along])
 def test_radial_features_are_differentiated_by_their_slopes(moment: Callable[..., torch.Tensor]) -> None:
     """The same derivatives by rows, distances and weights, and of those by weights, as by autograd alone."""
     generator = torch.Generator().manual_seed(3)
@@ -180,8 +194,27 @@ def test_radial_features_are_differentiated_by_their_slopes(moment: Callable[...
         loss = energy + (of_rows * of_rows).sum() + (of_x * of_x).sum()
         return [of_rows, of_x, *torch.autograd.grad(loss, w)]
 
-    expected = derivatives(rows.transpose(1, 2) @ _radial_features(x, w).value)
-    torch.testing.assert_close(derivatives(moment(rows, x, _radial_features(x.detach(), w))), expected)
+    expected = derivatives(rows.transpose(1, 2) @ _radial_features(x, {"w": w}).value.flatten(2))
+    got = moment(_radial_features, rows, x, (x.detach(),), {"w": w})
+    torch.testing.assert_close(derivatives(got), expected)
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 3), (1, 1), (7, 3), (64, 32), (101, 50), (3, 5000)])
+def test_a_traced_moment_is_a_loop_over_pieces(n: int, m: int) -> None:
+    w = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
+
+    def function(rows: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.enable_grad():
+            rows, x = rows.detach().requires_grad_(True), x.detach().requires_grad_(True)
+            moment = radial_moment(_radial_features, rows, x, (x.detach(),), {"w": w})
+            return (moment.detach(), *torch.autograd.grad((moment**2).sum(), (rows, x)))
+
+    arguments = [Argument(("rows", "slots", 4)), Argument(("rows", "slots", 1))]
+    traced, _ = trace(function, arguments, [w])
+    assert [node.target for node in traced.graph.nodes].count(torch.ops.higher_order.scan) == 1
+    generator = torch.Generator().manual_seed(n)
+    data = [torch.randn(n, m, k, dtype=torch.float64, generator=generator) for k in (4, 1)]
+    torch.testing.assert_close(traced(*data, w), function(*data, w))
 
 
 def test_layer_norm() -> None:

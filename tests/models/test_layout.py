@@ -185,6 +185,14 @@ def test_row_chunks_hold_every_row_once(limit: int, monkeypatch: pytest.MonkeyPa
     assert [chunk.tolist() for chunk in row_chunks(counts, split=False)] == [list(range(30))]
 
 
+def test_rows_of_very_different_length_go_into_different_calls() -> None:
+    alike = torch.full((200,), 90)
+    assert len(row_chunks(alike)) == 1
+    (few, many), lengths = row_chunks(torch.cat([alike // 3, alike])), torch.cat([alike // 3, alike])
+    assert len(row_chunks(lengths, limit=100_000)) > 1
+    assert int(lengths[few].max()) <= int(lengths[many].min())
+
+
 def test_row_chunks_of_nothing() -> None:
     assert row_chunks(torch.zeros(0, dtype=torch.int64)) == []
     assert [chunk.tolist() for chunk in row_chunks(torch.zeros(0, dtype=torch.int64), split=False)] == [[]]

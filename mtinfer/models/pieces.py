@@ -1,0 +1,57 @@
+"""A loop inside a graph: functions of rows that are evaluated a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+#: slots of a piece: its arrays, of some 100 doubles a slot, stay in the caches of the cores
+SLOTS_PER_PIECE = 2048
+
+
+def in_pieces(
+    function: Callable[[Sequence[Tensor], Mapping[str, Tensor]], tuple[Tensor, ...]],
+    arrays: Sequence[Tensor],
+    weights: Mapping[str, Tensor],
+) -> tuple[Tensor, ...]:
+    """Evaluate ``function(arrays, weights)``; in a graph for a CPU by a loop over pieces of the rows.
+
+    Parameters
+    ----------
+    function
+        reads for row k of its results nothing but row k of the arrays.
+    arrays
+        shapes (n, m, ...), m slots in each of n rows, without derivatives.
+    weights
+        all else that `function` reads. The loop is left out where one of them requires a gradient.
+
+    Returns
+    -------
+    tensors, shapes (n, ...)
+    """
+    n, m = arrays[0].shape[:2]
+    is_traced = isinstance(n, torch.SymInt)
+    if not is_traced or not arrays[0].is_cpu or any(w.requires_grad for w in weights.values()):
+        return function(arrays, weights)
+    from torch._higher_order_ops.scan import scan_op
+
+    # never one piece, nor one row, at the sizes to trace with: the compiler would take it for a rule
+    n_pieces = n * m // SLOTS_PER_PIECE + 1
+    n_rows = (n + n_pieces - 1) // n_pieces
+    n_missing = n_pieces * n_rows - n
+    pieces = [
+        torch.cat([x, x.new_zeros(n_missing, *x.shape[1:])]).unflatten(0, (n_pieces, n_rows)) for x in arrays
+    ]
+    # a loop is traced below autograd, which the function may use for derivatives of its own
+    keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+    def of_piece(*values: Tensor) -> tuple[Tensor, ...]:
+        own, others = values[: len(arrays)], values[len(arrays) :]
+        with torch._C._ForceDispatchKeyGuard(*keys):
+            return function(own, dict(zip(weights, others, strict=False)))
+
+    # the sizes that results are made of are arguments of the loop, too
+    outputs = scan_op(of_piece, [], pieces, (*weights.values(), n, m, n_rows))
+    return tuple(y.flatten(0, 1)[:n] for y in outputs)
