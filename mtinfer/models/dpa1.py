@@ -34,6 +34,7 @@ from .layers import (
     radial_moment,
     required,
     row_peak,
+    row_sum,
     safe_norm,
 )
 from .layout import (
@@ -454,6 +455,8 @@ class DPA1:
         r = distances(vectors)
         radial = self.environment.radial(r.detach(), *normalization)
         if self.attention.n_layers:
+            # products of their own, or the compiler evaluates both anew for every pair of slots
+            w, mask = row_sum(w), row_sum(mask)
             g = self.pair_network(*radial, pair, weights).each(lambda part: part.flatten(2))
             # each centre's phantoms: the slots that upstream has and this array lacks
             n_phantom = n_phantom.to(self.dtype)[:, None, None]
