@@ -1,4 +1,4 @@
-"""A loop inside a graph: functions of rows that are evaluated a few rows at a time."""
+"""Functions of rows that are evaluated a few rows at a time, inside a graph as well."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def in_pieces(
     arrays: Sequence[Tensor],
     weights: Mapping[str, Tensor],
 ) -> tuple[Tensor, ...]:
-    """Evaluate ``function(arrays, weights)``; in a graph for a CPU by a loop over pieces of the rows.
+    """Evaluate ``function(arrays, weights)``, on a CPU by a loop over pieces of the rows.
 
     Parameters
     ----------
@@ -32,14 +32,17 @@ def in_pieces(
     tensors, shapes (n, ...)
     """
     n, m = arrays[0].shape[:2]
-    is_traced = isinstance(n, torch.SymInt)
-    if not is_traced or not arrays[0].is_cpu or any(w.requires_grad for w in weights.values()):
+    if not arrays[0].is_cpu or any(w.requires_grad for w in weights.values()):
         return function(arrays, weights)
-    from torch._higher_order_ops.scan import scan_op
-
     # never one piece, nor one row, at the sizes to trace with: the compiler would take it for a rule
     n_pieces = n * m // SLOTS_PER_PIECE + 1
     n_rows = (n + n_pieces - 1) // n_pieces
+    if not isinstance(n, torch.SymInt):
+        own = zip(*(x.split(n_rows) for x in arrays), strict=True)
+        results = [function(piece, weights) for piece in own]
+        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+    from torch._higher_order_ops.scan import scan_op
+
     n_missing = n_pieces * n_rows - n
     pieces = [
         torch.cat([x, x.new_zeros(n_missing, *x.shape[1:])]).unflatten(0, (n_pieces, n_rows)) for x in arrays
