@@ -293,25 +293,28 @@ def row_chunks(counts: Tensor, *, split: bool = True, limit: int | None = None) 
         limit = SLOTS_PER_CALL_ACCELERATOR
     order = torch.argsort(counts, stable=True)
     ordered = torch.clamp(counts[order], min=1)
-    filled = torch.cumsum(ordered, 0)
-    n_filled = int(filled[-1])
-    n_calls = -(-n_filled // (limit or SLOTS_PER_CALL))
-    while True:
-        call = (filled - 1) * n_calls // n_filled
-        sizes = torch.bincount(call, minlength=n_calls)
-        widest = ordered[torch.cumsum(sizes, 0).sub_(1).clamp_(min=0)]
-        if int((sizes * widest).sum()) <= MOST_PADDING * n_filled or n_filled < n_calls * SHORTEST_CALL:
-            return [rows for rows in order.split(sizes.tolist()) if rows.shape[0]]
-        n_calls *= 2
+    chunks: list[Tensor] = []
+    n_left = counts.shape[0]
+    while n_left:  # the longest rows that are left, and those that are not much shorter
+        longest = int(ordered[n_left - 1])
+        n_short = int(torch.searchsorted(ordered[:n_left], longest / MOST_PADDING))
+        if n_left * longest <= SHORTEST_CALL:
+            n_short = 0
+        filled = torch.cumsum(ordered[n_short:n_left], 0)
+        n_calls = -(-int(filled[-1]) // (limit or SLOTS_PER_CALL))
+        sizes = torch.bincount((filled - 1) * n_calls // filled[-1], minlength=n_calls)
+        chunks = [*order[n_short:n_left].split(sizes.tolist()), *chunks]
+        n_left = n_short
+    return [rows for rows in chunks if rows.shape[0]]
 
 
 #: neighbour slots in one call of a graph whose atoms are independent of each other
 SLOTS_PER_CALL = 20480
 SLOTS_PER_CALL_ACCELERATOR = 2_000_000
-#: slots, empty ones included, for each that is filled, above which calls are made shorter
-MOST_PADDING = 1.25
-#: filled slots below which they are not
-SHORTEST_CALL = 4096
+#: longest row of a call over its shortest
+MOST_PADDING = 1.5
+#: slots, empty ones included, that go into one call whatever their rows are
+SHORTEST_CALL = 8192
 
 
 #: a slot is empty if its distance is more than this many cutoffs

@@ -189,9 +189,9 @@ def test_rows_of_very_different_length_go_into_more_calls() -> None:
     alike = torch.full((200,), 90)
     assert len(row_chunks(alike)) == 1
     lengths = torch.cat([alike // 9, alike])
-    chunks = row_chunks(lengths, limit=100_000)
-    padded = sum(len(rows) * int(lengths[rows].max()) for rows in chunks)
-    assert padded <= layout.MOST_PADDING * int(lengths.sum()) < lengths.shape[0] * 90
+    assert [lengths[rows].unique().tolist() for rows in row_chunks(lengths)] == [[10], [90]]
+    assert len(row_chunks(lengths[150:250])) == 2
+    assert len(row_chunks(lengths[170:250])) == 1
 
 
 def test_row_chunks_of_nothing() -> None:
