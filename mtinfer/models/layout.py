@@ -270,7 +270,7 @@ def row_chunks(counts: Tensor, *, split: bool = True, limit: int | None = None) 
     """Divide rows into calls of the graph, rows of similar count together.
 
     Long calls make large matrix products of the work per row. Short ones keep their memory in the allocator's
-    hands, and waste few slots where counts differ.
+    hands, and waste few slots where counts differ. On an accelerator calls are long.
 
     Parameters
     ----------
@@ -279,7 +279,7 @@ def row_chunks(counts: Tensor, *, split: bool = True, limit: int | None = None) 
     split
         False puts all rows, even none, into one call.
     limit
-        filled slots of a call; default: `SLOTS_PER_CALL`, or that of accelerators.
+        filled slots of a call on a CPU; default: `SLOTS_PER_CALL`.
 
     Returns
     -------
@@ -289,19 +289,18 @@ def row_chunks(counts: Tensor, *, split: bool = True, limit: int | None = None) 
         return [torch.arange(counts.shape[0], device=counts.device)]
     if not counts.shape[0]:
         return []
-    if counts.device.type != "cpu":
-        limit = SLOTS_PER_CALL_ACCELERATOR
+    on_cpu = counts.device.type == "cpu"
+    limit = (limit or SLOTS_PER_CALL) if on_cpu else SLOTS_PER_CALL_ACCELERATOR
     order = torch.argsort(counts, stable=True)
     ordered = torch.clamp(counts[order], min=1)
     chunks: list[Tensor] = []
     n_left = counts.shape[0]
     while n_left:  # the longest rows that are left, and those that are not much shorter
-        longest = int(ordered[n_left - 1])
-        n_short = int(torch.searchsorted(ordered[:n_left], longest / MOST_PADDING))
-        if n_left * longest <= SHORTEST_CALL:
-            n_short = 0
+        longest, n_short = int(ordered[n_left - 1]), 0
+        if on_cpu and n_left * longest > SHORTEST_CALL:
+            n_short = int(torch.searchsorted(ordered[:n_left], longest / MOST_PADDING))
         filled = torch.cumsum(ordered[n_short:n_left], 0)
-        n_calls = -(-int(filled[-1]) // (limit or SLOTS_PER_CALL))
+        n_calls = -(-int(filled[-1]) // limit)
         sizes = torch.bincount((filled - 1) * n_calls // filled[-1], minlength=n_calls)
         chunks = [*order[n_short:n_left].split(sizes.tolist()), *chunks]
         n_left = n_short

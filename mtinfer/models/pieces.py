@@ -34,9 +34,10 @@ def in_pieces(
     n, m = arrays[0].shape[:2]
     if not arrays[0].is_cpu or any(w.requires_grad for w in weights.values()):
         return function(arrays, weights)
-    # never one piece, nor one row, at the sizes to trace with: the compiler would take it for a rule
+    # at the sizes to trace with there are several pieces of several rows, and some of the rows are empty:
+    # the compiler may take one piece, one row, or nothing to cut off, for a rule
     n_pieces = n * m // SLOTS_PER_PIECE + 1
-    n_rows = (n + n_pieces - 1) // n_pieces
+    n_rows = n // n_pieces + 1
     if not isinstance(n, torch.SymInt):
         own = zip(*(x.split(n_rows) for x in arrays), strict=True)
         results = [function(piece, weights) for piece in own]
