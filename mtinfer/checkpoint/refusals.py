@@ -124,7 +124,7 @@ FEATURES: tuple[tuple[str, Callable[[Config, Entries], Any]], ...] = (
 )
 
 
-def refusal(head: str, config: Config, entries: Entries) -> str | None:
+def refusal(head: str, config: Config, entries: Entries, *, trains: bool = False) -> str | None:
     """Say why a head can't be evaluated.
 
     Parameters
@@ -135,6 +135,8 @@ def refusal(head: str, config: Config, entries: Entries) -> str | None:
         Configuration of the head.
     entries
         Weights by their key in the file, relative to the head; empty where these are not known.
+    trains
+        The head is to be trained, which settles what the configuration leaves to the data.
 
     Returns
     -------
@@ -142,6 +144,8 @@ def refusal(head: str, config: Config, entries: Entries) -> str | None:
         One line that names head and feature; None where nothing stands against the head.
     """
     for text, test in FEATURES:
+        if trains and test is _unsettled_sel:
+            continue
         if value := test(config, entries):
             return f"head {head!r} uses {text.format(value)}, which mtinfer does not evaluate"
     return None

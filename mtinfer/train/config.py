@@ -41,7 +41,7 @@ class DataConfig:
     """Section `training_data` or `validation_data` of a task."""
 
     systems: tuple[str, ...]
-    #: a number, one per system, or "auto:N"
+    #: a number, one per system, "auto", "auto:N", "max:N", or "filter:N"
     batch_size: int | tuple[int, ...] | str
     auto_prob: str
     sys_probs: tuple[float, ...] | None
@@ -234,7 +234,7 @@ def _check_levels(part: str, name: str, members: list[tuple[str, int]], entry: A
 
 def _head(name: str, given: Any, multitask: bool) -> dict[str, Any]:
     where = f"model_dict.{name}" if multitask else "model"
-    if isinstance(given, Mapping) and (reason := refusal(name, given, {})):
+    if isinstance(given, Mapping) and (reason := refusal(name, given, {}, trains=True)):
         raise ConfigError(reason)
     head = complete(given, schema.HEAD, where)
     type_map = head["type_map"]
@@ -258,8 +258,11 @@ def _descriptor(given: Any, where: str, *, within_hybrid: bool = False) -> dict[
             f"supported are {', '.join(schema.DESCRIPTORS)}{'' if within_hybrid else ', hybrid'}"
         )
     found = complete({**given, "type": kind}, schema.DESCRIPTORS[kind], where)
-    if isinstance(found.get("sel"), str):
-        raise ConfigError(f"{where}.sel is {found['sel']!r}, which is not supported; give numbers")
+    for section, key, _ in schema.NEIGHBOR_COUNTS[kind]:
+        count = (found if section is None else found[section])[key]
+        if isinstance(count, str) and not re.fullmatch(r"auto(:\d+(\.\d*)?)?", count):
+            path = f"{where}.{key}" if section is None else f"{where}.{section}.{key}"
+            raise ConfigError(f"{path} is {count!r}; supported are numbers, 'auto' and 'auto:FACTOR'")
     return found
 
 
@@ -356,10 +359,10 @@ def _data(given: Any, section: schema.Section, where: str) -> DataConfig:
     size = found["batch_size"]
     sizes = size if isinstance(size, list) else [size]
     numbers = all(isinstance(n, int) and n > 0 for n in sizes)
-    if not numbers and not (isinstance(size, str) and re.fullmatch(r"auto(:[1-9]\d*)?", size)):
+    if not numbers and not (isinstance(size, str) and re.fullmatch(r"auto|(auto|max|filter):[1-9]\d*", size)):
         raise ConfigError(
             f"{where}.batch_size is {size!r}; supported are a positive number, a list of one per system, "
-            "'auto' and 'auto:N'"
+            "'auto', 'auto:N', 'max:N' and 'filter:N'"
         )
     probabilities = found["sys_probs"]
     return DataConfig(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError, UnsupportedModelError
 from ..models import EnergyModel
 from .config import TaskConfig, TrainConfig
+from .neighbor_counts import settle_counts
 from .sampling import System, batches_per_epoch, load_systems, system_probabilities
 from .schedule import Schedule
 from .step import signature
@@ -47,6 +49,8 @@ class Plan:
     #: (n_tasks,)
     probabilities: NDArray[np.float64]
     schedule: Schedule
+    #: task -> key -> neighbour count that the input left to the data
+    counts: dict[str, dict[str, int | list[int]]]
 
     @property
     def models(self) -> dict[str, EnergyModel]:
@@ -69,7 +73,13 @@ def make_plan(config: TrainConfig, *, dialect: str = "pt_expt", n_steps: int | N
     DataError
         Data are missing or unreadable.
     """
-    tasks = tuple(_task(task, config, dialect) for task in config.tasks)
+    folder = config.path.parent
+    systems = {
+        task.name: load_systems(task.training, task.model["type_map"], folder) for task in config.tasks
+    }
+    frames = {name: [frame for system in own for frame in system.frames] for name, own in systems.items()}
+    config, counts = settle_counts(config, frames)
+    tasks = tuple(_task(task, systems[task.name], folder, dialect) for task in config.tasks)
     if any(task.config.epochs for task in tasks):
         per_task = [_epoch(task) * float(task.config.epochs or 0.0) for task in tasks]
         weights, total = np.array(per_task), math.ceil(sum(per_task))
@@ -80,7 +90,7 @@ def make_plan(config: TrainConfig, *, dialect: str = "pt_expt", n_steps: int | N
         )
         total = _n_steps(config, tasks)
     schedule = Schedule.from_config(config.learning_rate, n_steps or total)
-    return Plan(config, dialect, tasks, weights / weights.sum(), schedule)
+    return Plan(config, dialect, tasks, weights / weights.sum(), schedule, counts)
 
 
 def _n_steps(config: TrainConfig, tasks: tuple[Task, ...]) -> int:
@@ -95,13 +105,11 @@ def _epoch(task: Task) -> int:
     return batches_per_epoch(task.systems, task.system_probabilities)
 
 
-def _task(config: TaskConfig, whole: TrainConfig, dialect: str) -> Task:
+def _task(config: TaskConfig, systems: list[System], folder: Path, dialect: str) -> Task:
     try:
         model = EnergyModel.from_config(config.model, dialect)
     except UnsupportedModelError as err:
         raise ConfigError(f"head {config.name!r}: {err}") from err
-    folder = whole.path.parent
-    systems = load_systems(config.training, model.type_map, folder)
     validation = [] if config.validation is None else load_systems(config.validation, model.type_map, folder)
     return Task(config, model, systems, system_probabilities(config.training, systems), validation)
 
@@ -118,6 +126,8 @@ def describe_plan(plan: Plan) -> Iterator[str]:
             f"{len(task.systems)} systems, batch size {', '.join(map(str, sizes))}, {n_validation} frames "
             f"for validation, probability {probability:.3g}"
         )
+    for name, own in plan.counts.items():
+        yield f"neighbour counts of {name}: {', '.join(f'{key} {count}' for key, count in own.items())}"
     for link in plan.config.links:
         heads = ", ".join(f"{head}" + (f" (level {level})" if level else "") for head, level in link.heads)
         yield f"shared: {link.part} {link.name!r} by {heads}"

@@ -58,7 +58,7 @@ def load_systems(config: DataConfig, type_map: Sequence[str], folder: Path) -> l
     DataError
         A path is missing or unreadable.
     ConfigError
-        The number of batch sizes is not that of the systems.
+        The number of batch sizes is not that of the systems, or no frame is as small as "filter:N" says.
     """
     sizes = config.batch_size
     if isinstance(sizes, tuple) and len(sizes) != len(config.systems):
@@ -72,16 +72,26 @@ def load_systems(config: DataConfig, type_map: Sequence[str], folder: Path) -> l
             grouped.setdefault(frame.source, []).append(frame)
         for frames in grouped.values():
             size = sizes[k] if isinstance(sizes, tuple) else sizes
-            systems.append(System(tuple(frames), _batch_size(size, frames)))
+            if isinstance(size, str) and size.startswith("filter:"):
+                frames = [frame for frame in frames if len(frame.atoms) <= int(size.partition(":")[2])]
+            if frames:
+                systems.append(System(tuple(frames), _batch_size(size, frames)))
+    if not systems:
+        raise ConfigError(
+            f"batch_size {sizes!r} leaves no frame of {', '.join(config.systems)}; give a larger number"
+        )
     return systems
 
 
 def _batch_size(size: int | str, frames: Sequence[Frame]) -> int:
+    """Frames of a batch: at least N atoms for "auto:N"; at most N for "max:N" and "filter:N", or 1 frame."""
     if isinstance(size, int):
         return size
-    n_wanted = int(size.partition(":")[2] or 32)
-    n_atoms = sum(len(frame.atoms) for frame in frames) / len(frames)
-    return max(1, math.ceil(n_wanted / n_atoms))
+    kind, _, number = size.partition(":")
+    n_wanted, n_atoms = int(number or 32), [len(frame.atoms) for frame in frames]
+    if kind == "auto":
+        return max(1, math.ceil(n_wanted / (sum(n_atoms) / len(frames))))
+    return max(1, n_wanted // max(n_atoms))
 
 
 def system_probabilities(config: DataConfig, systems: Sequence[System]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, nearest
 
-__all__ = ["DESCRIPTORS", "DESCRIPTOR_ALIASES", "Section", "complete"]
+__all__ = ["DESCRIPTORS", "DESCRIPTOR_ALIASES", "NEIGHBOR_COUNTS", "Section", "complete"]
 
 #: default of a key that must be given
 REQUIRED: Any = object()
@@ -254,6 +254,16 @@ DESCRIPTORS: dict[str, Section] = {
         },
     ),
 }
+#: descriptor `type` -> its neighbour counts: section (None: the descriptor itself), key, key of the cutoff
+NEIGHBOR_COUNTS: dict[str, tuple[tuple[str | None, str, str], ...]] = {
+    **dict.fromkeys(("se_e2_a", "se_atten", "se_atten_v2"), ((None, "sel", "rcut"),)),
+    "dpa2": (
+        ("repinit", "nsel", "rcut"),
+        ("repinit", "three_body_sel", "three_body_rcut"),
+        ("repformer", "nsel", "rcut"),
+    ),
+    "dpa3": (("repflow", "e_sel", "e_rcut"), ("repflow", "a_sel", "a_rcut")),
+}
 HYBRID = Section({"type": REQUIRED, "list": REQUIRED})
 DESCRIPTOR_ALIASES = {"dpa1": "se_atten", "se_a": "se_e2_a"}
 
@@ -275,7 +285,7 @@ FITTING = Section(
         "use_aparam_as_mask": False,
     },
     {"n_neuron": "neuron"},
-    {"type": ("ener",), "trainable": (True, False), "atom_ener": ([],), "rcond": (None,)},
+    {"type": ("ener",), "trainable": (True, False), "rcond": (None,)},
 )
 HEAD = Section(
     {

@@ -106,7 +106,7 @@ WRONG: list[tuple[Change, str]] = [
     (_set("model/model_dict/copper/descriptor", "desc:2"), r"shares 'desc' at level 2; allowed .* 0 to 1"),
     (_set("model/model_dict/copper/descriptor", "desc:x"), r"a share level is a number"),
     (_set("model/shared_dict/desc/type", "dpa4"), r"head 'clusters' uses the descriptor 'dpa4'"),
-    (_set("model/shared_dict/desc/sel", "auto"), r"sel 'auto'|neighbour count 'auto'"),
+    (_set("model/shared_dict/desc/sel", "automatic"), r"descriptor.sel is 'automatic'.*'auto:FACTOR'"),
     (_set("model/model_dict/copper/fitting_net", {"type": "dipole"}), r"fitting net of type 'dipole'"),
     (_set("loss_dict/copper/type", "dos"), r"loss_dict.copper.type is 'dos', which is not supported"),
     (_set("loss_dict/copper/use_huber", True), r"loss_dict.copper.use_huber is True, which is not supported"),

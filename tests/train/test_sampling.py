@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_inputs import plan_of, shared_input
 
+from mtinfer.errors import ConfigError
 from mtinfer.train.config import DataConfig
 from mtinfer.train.plan import Plan
 from mtinfer.train.sampling import Sampler, system_probabilities
@@ -67,3 +68,21 @@ def test_systems_are_weighted() -> None:
     assert probabilities("prob_uniform") == [0.5, 0.5]
     assert probabilities("prob_sys_size;0:1:0.2;1:2:0.8") == pytest.approx([0.2, 0.8])
     assert probabilities("prob_uniform", (3.0, 1.0)) == [0.75, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    # systems of 3, 6 and 9 atoms
+    [("auto:10", [4, 2, 2]), ("max:10", [3, 1, 1]), ("max:6", [2, 1, 1]), ("filter:6", [2, 1])],
+)
+def test_batch_sizes_by_number_of_atoms(given: str, sizes: list[int]) -> None:
+    content = shared_input("dpa1strip")
+    content["training"]["data_dict"]["clusters"]["training_data"]["batch_size"] = given
+    assert [system.batch_size for system in plan_of(content).tasks[0].systems] == sizes
+
+
+def test_a_filter_that_leaves_nothing_is_refused() -> None:
+    content = shared_input("dpa1strip")
+    content["training"]["data_dict"]["clusters"]["training_data"]["batch_size"] = "filter:2"
+    with pytest.raises(ConfigError, match=r"'filter:2' leaves no frame of .*; give a larger number"):
+        plan_of(content)

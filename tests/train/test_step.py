@@ -81,6 +81,17 @@ def test_gradients_equal_double_backward(kind: str) -> None:
         assert_gradients_equal(plan, step, task)
 
 
+def test_gradients_with_atomic_energies_in_vacuum() -> None:
+    content = shared_input("se_e2_a")
+    for task, given in (("clusters", [None, -1.0, None]), ("copper", [None, None, -2.0])):
+        content["model"]["model_dict"][task]["fitting_net"]["atom_ener"] = given
+    plan = plan_of(content)
+    for k, task in enumerate(plan.tasks):
+        step = TrainingStep(task.model, weights_of(plan)[task.name], "off")
+        assert_gradients_equal(plan, step, k)
+    assert signature(plan.tasks[0].model) != signature(plan.tasks[1].model)
+
+
 def test_gradients_of_a_hybrid_that_calls_a_member_once_per_type() -> None:
     content = shared_input("se_e2_a", fitting=True)
     members = [DESCRIPTORS["dpa3"], DESCRIPTORS["se_e2_a"]]
