@@ -202,7 +202,8 @@ def _stored_ema(content: Mapping[str, Any], plan: Plan) -> dict[str, Tensor] | N
 def finetuned(path: Path, head: str | None, plan: Plan, weights: AllWeights) -> None:
     """Start all tasks from one head of a checkpoint; the energy bias then follows the new data.
 
-    Networks and statistics are taken over; a fitting net only where its shapes are the same.
+    Networks and statistics are taken over; a fitting net only where its shapes are the same. Neighbour counts
+    may differ.
 
     Raises
     ------
@@ -217,25 +218,32 @@ def finetuned(path: Path, head: str | None, plan: Plan, weights: AllWeights) -> 
                 f"head {record.name!r} has the type map {', '.join(record.config['type_map'])}; task "
                 f"{task.name!r} has {', '.join(task.model.type_map)}, and they must be the same"
             )
+        other = {n: _on_slots(n, tensor, own[n]) for n, tensor in record.weights.items() if n in own}
         for name in own:
-            other = record.weights.get(name)
-            fits = other is not None and other.shape == own[name].shape
+            fits = name in other and other[name].shape == own[name].shape
             if name.startswith("descriptor.") and not fits:
                 raise CheckpointError(
                     f"task {task.name!r} can't start from head {record.name!r}: their descriptors differ in "
                     f"{name!r}"
                 )
         fitting = [name for name in own if name.startswith("fitting_net.") and not name.endswith("case_embd")]
-        same = all(n in record.weights and record.weights[n].shape == own[n].shape for n in fitting)
+        same = all(name in other and other[name].shape == own[name].shape for name in fitting)
         taken = [name for name in own if name.startswith("descriptor.")] + (fitting if same else [])
         for name in taken:
-            own[name] = record.weights[name].to(own[name].dtype).clone()
+            own[name] = other[name].to(own[name].dtype).clone()
         if same:
-            own["out_bias"] = record.weights["out_bias"].clone()
+            own["out_bias"] = other["out_bias"].clone()
     owners = Owners(plan.config.links)
     for name_of_head, own in weights.items():
         for name in own:
             own[name] = weights[owners(name_of_head, name)][name]
+
+
+def _on_slots(name: str, given: Tensor, wanted: Tensor) -> Tensor:
+    """Statistics (n_types, n_slots, 4) that are the same on all slots, for as many slots as are wanted."""
+    if not name.endswith((".mean", ".stddev")) or not torch.equal(given, given[:, :1].expand_as(given)):
+        return given
+    return given[:, :1].expand(-1, wanted.shape[1], -1)
 
 
 def shifted_bias(plan: Plan, weights: AllWeights, residuals: Mapping[str, list[Any]]) -> None:

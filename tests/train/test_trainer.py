@@ -189,6 +189,11 @@ def test_fine_tuning_starts_from_a_head(tmp_path: Path) -> None:
                 assert torch.equal(tensor, source.weights["copper"][name])
     assert not torch.equal(trainer.weights["clusters"]["out_bias"], source.weights["copper"]["out_bias"])
     other = shared_input("dpa1strip")
+    other["model"]["shared_dict"]["desc"]["sel"] = 40
+    wider = Trainer(plan_of(other), tmp_path, start=start, mode="off").weights["clusters"]
+    for leaf in ("mean", "stddev"):
+        name = f"descriptor.se_atten.{leaf}"
+        assert torch.equal(wider[name], source.weights["copper"][name][:, :1].expand(-1, 40, -1))
     other["model"]["shared_dict"]["desc"]["axis_neuron"] = 3
     other["model"]["shared_dict"]["desc"]["neuron"] = [4, 6]
     with pytest.raises(CheckpointError, match="their descriptors differ in"):
