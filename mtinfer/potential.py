@@ -12,6 +12,7 @@ from typing import Any, overload
 import ase
 import numpy as np
 import torch
+from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -308,11 +309,11 @@ class Potential:
 
     def _types(self, atoms: ase.Atoms, state: HeadState) -> NDArray[np.int64]:
         index = {symbol: k for k, symbol in enumerate(state.model.type_map)}
-        names = atoms.get_chemical_symbols()
-        present = set(names)
+        present = {chemical_symbols[number] for number in set(atoms.numbers.tolist())}
         for symbol in sorted(present - index.keys()):
+            position = atoms.get_chemical_symbols().index(symbol)
             raise StructureError(
-                f"atom {names.index(symbol)} is {symbol}, which head {state.name!r} does not know; "
+                f"atom {position} is {symbol}, which head {state.name!r} does not know; "
                 f"its type map is {', '.join(state.model.type_map)}{nearest(symbol, index)}"
             )
         if state.observed_types is not None:
@@ -322,7 +323,10 @@ class Potential:
                     f"{', '.join(sorted(state.observed_types))}); its numbers for {symbol} mean little",
                     key=f"unseen {state.name} {symbol}",
                 )
-        return np.fromiter((index[name] for name in names), dtype=np.int64, count=len(names))
+        types = np.zeros(len(atoms), dtype=np.int64)
+        for symbol in present:
+            types[atoms.numbers == atomic_numbers[symbol]] = index[symbol]
+        return types
 
     def _warn(self, text: str, *, key: str) -> None:
         """Warn once per potential and key."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -227,7 +227,11 @@ class EnergyModel:
 
     def is_large(self, layout: Layout) -> bool:
         """Whether a call of the graph on `layout` would take too much memory; see `in_parts`."""
-        return isinstance(self.descriptor, InParts) and self.descriptor.is_large(layout)
+        return self._staged is not None and self._staged.is_large(layout)
+
+    @cached_property
+    def _staged(self) -> InParts | None:
+        return self.descriptor if isinstance(self.descriptor, InParts) else None
 
     def in_parts(
         self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights, call: Call
@@ -252,9 +256,9 @@ class EnergyModel:
     def _describe_in_parts(
         self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights, call: Call
     ) -> tuple[Tensor, Tensor]:
-        if not isinstance(self.descriptor, InParts):
+        if self._staged is None:
             raise TypeError(f"{type(self.descriptor).__name__} is not evaluated in parts")
-        return self.descriptor.in_parts(displacements, tensors, weights, call)
+        return self._staged.in_parts(displacements, tensors, weights, call)
 
 
 def _differentiated(

@@ -350,7 +350,8 @@ def tabulated(descriptor: Any, weights: Weights, types: Iterable[int]) -> Tabula
 
 def covers(descriptor: Any, inputs: GraphInputs) -> bool:
     """Whether a tabulated descriptor holds for all atoms and pairs of `inputs`."""
-    squares = (inputs.displacements * inputs.displacements).sum(1)
+    # a product with ones is several times as fast as a sum over three columns
+    squares = (inputs.displacements * inputs.displacements) @ inputs.displacements.new_ones(3)
     if squares.numel() and float(squares.min()) < CLOSEST**2:
         return False
     return set(torch.unique(inputs.types).tolist()) <= set(descriptor.types)
