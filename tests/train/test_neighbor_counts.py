@@ -35,6 +35,15 @@ def test_one_count_for_all_types(given: str, clusters: int, copper: int) -> None
     assert [task.config.model["descriptor"]["sel"] for task in plan.tasks] == [clusters, copper]
 
 
+def test_the_largest_count_may_be_in_any_frame() -> None:
+    content = shared_input("dpa1strip")
+    content["model"]["shared_dict"]["desc"]["sel"] = "auto:1"
+    expected = plan_of(content).counts
+    for sections in content["training"]["data_dict"].values():
+        sections["training_data"]["systems"].reverse()
+    assert plan_of(content).counts == expected
+
+
 def test_each_count_has_its_own_cutoff() -> None:
     dpa2, dpa3 = copy.deepcopy(DESCRIPTORS["dpa2"]), copy.deepcopy(DESCRIPTORS["dpa3"])
     dpa2["repinit"] |= {
