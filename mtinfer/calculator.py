@@ -52,7 +52,8 @@ class MTCalculator(Calculator):
     -----
     Results: energy, free_energy, energies, forces, stress (periodic in three directions; eV/Å^3, Voigt), and
     ``results["virial"]`` (3, 3), eV. Parameters of a structure are read from ``atoms.info["fparam"]``,
-    ``atoms.arrays["aparam"]``, ``atoms.info["charge"]`` and ``atoms.info["spin"]``.
+    ``atoms.arrays["aparam"]``, ``atoms.info["charge"]`` and ``atoms.info["spin"]``. Copies share the
+    potential; pickles, as for a pool of processes, hold the path of the file, which is loaded again.
     """
 
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012
@@ -140,6 +141,14 @@ class MTCalculator(Calculator):
         if self.atoms is not None and not changes and _parameters(self.atoms) != _parameters(atoms):
             changes.append("info")
         return changes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the state of the head, which is the potential's."""
+        return {**self.__dict__, "_state": self.head}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._state = self.potential.head(state["_state"])
 
     def _check_type_dict(self, type_dict: Mapping[str, int]) -> None:
         type_map = self._state.model.type_map

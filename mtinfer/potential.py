@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -46,15 +47,32 @@ class PredictionWarning(UserWarning):
 class Potential:
     """All heads of a file; those of one architecture share one graph.
 
-    Made by `load`.
+    Made by `load`. A pickle of it holds the absolute path of the file, which is loaded again; a deep copy is
+    the potential itself.
     """
 
-    def __init__(self, heads: Mapping[str, HeadState], refused: Mapping[str, str], device: torch.device):
+    def __init__(
+        self,
+        heads: Mapping[str, HeadState],
+        refused: Mapping[str, str],
+        device: torch.device,
+        *,
+        loads_again: partial[Potential] | None = None,
+    ):
+        self._loads_again = loads_again
         self._heads = dict(heads)
         self._refused = dict(refused)
         self._warned: set[str] = set()
         self._values = ValueGraphs()
         self.device = device
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._loads_again is None:
+            raise TypeError("only a Potential made by mtinfer.load can be pickled: its file is loaded again")
+        return partial(self._loads_again, compile=self.graphs[0].mode), ()
+
+    def __deepcopy__(self, memo: object) -> Potential:
+        return self
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -380,7 +398,8 @@ def load(
     heads, refused = head_states(checkpoint, where, mode, tabulate=tabulate)
     if not heads:
         raise UnsupportedModelError("; ".join(refused.values()))
-    return Potential(heads, refused, where)
+    loads_again = partial(load, Path(path).absolute(), device=where, dtype=dtype, tabulate=tabulate)
+    return Potential(heads, refused, where, loads_again=loads_again)
 
 
 def _default_device() -> torch.device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -54,6 +56,25 @@ def test_results_are_those_of_the_potential(potential: Potential) -> None:
     assert np.allclose(atoms.get_forces(), expected.forces, rtol=0, atol=1e-12)
     assert np.allclose(atoms.calc.results["virial"], expected.virial, rtol=0, atol=1e-11)
     assert np.allclose(atoms.get_stress(voigt=False), -expected.virial / atoms.get_volume(), atol=1e-11)
+
+
+def test_copies_in_this_process_share_the_potential_and_pickles_load_the_file_again() -> None:
+    atoms = water()
+    atoms.calc = MTCalculator(STRIP, head="water", compile=False, dtype="float32")
+    energy = atoms.get_potential_energy()
+    copied, loaded = copy.deepcopy(atoms), pickle.loads(pickle.dumps(atoms))
+    assert copied.calc.potential is atoms.calc.potential
+    assert loaded.calc.potential is not atoms.calc.potential
+    for other in (copied, loaded):
+        assert other.calc.head == "water"
+        other.calc.reset()
+        assert other.get_potential_energy() == energy
+        other.calc.head = "clusters"
+        assert other.get_potential_energy() != energy
+    assert atoms.calc.head == "water"
+    assert not any(graph.mode != "off" for graph in loaded.calc.potential.graphs)
+    with pytest.raises(TypeError, match=r"only a Potential made by mtinfer\.load can be pickled"):
+        pickle.dumps(Potential(atoms.calc.potential._heads, {}, torch.device("cpu")))
 
 
 def test_swapping_the_head_invalidates_results(potential: Potential) -> None:
