@@ -121,10 +121,11 @@ def describe_plan(plan: Plan) -> Iterator[str]:
         n_frames = sum(len(system.frames) for system in task.systems)
         n_validation = sum(len(system.frames) for system in task.validation)
         sizes = sorted({system.batch_size for system in task.systems})
+        systems = f"{len(task.systems)} system{'s' * (len(task.systems) > 1)}"
         yield (
-            f"task {task.name}: {task.config.model['descriptor']['type']}, {n_frames} frames in "
-            f"{len(task.systems)} systems, batch size {', '.join(map(str, sizes))}, {n_validation} frames "
-            f"for validation, probability {probability:.3g}"
+            f"task {task.name}: {task.config.model['descriptor']['type']}, {n_frames} frames in {systems}, "
+            f"batch size {', '.join(map(str, sizes))}, {n_validation} frames for validation, probability "
+            f"{probability:.3g}"
         )
     for name, own in plan.counts.items():
         yield f"neighbour counts of {name}: {', '.join(f'{key} {count}' for key, count in own.items())}"
