@@ -142,7 +142,7 @@ def convert(
     type=click.Choice(["auto", "on", "off"]),
     default="auto",
     show_default=True,
-    help="Compile the graph; auto: where the amount of work pays for it.",
+    help="Compile the graph; auto: where the amount of work pays for it, or a stored one is at hand.",
 )
 @click.option("--tabulate", is_flag=True, help="Evaluate radial embedding nets by series (mtinfer.load).")
 def evaluate(
@@ -164,15 +164,16 @@ def evaluate(
     deepmd/npy folders.
     """
     from .data import read_frames
-    from .evaluate import PLOT_SUFFIXES, check_output
+    from .evaluate import PLOT_SUFFIXES
+    from .files import check_distinct, check_output
     from .potential import load
 
-    for path in (json_file, csv_file, output):
-        if path is not None:
-            check_output(path)
-    if plot is not None:
-        check_output(plot, suffixes=PLOT_SUFFIXES)
-    mode: CompileMode = "wait" if compile_ == "on" else "off"
+    outputs = [path for path in (json_file, csv_file, output, plot) if path is not None]
+    for path in outputs:
+        check_output(path, suffixes=PLOT_SUFFIXES if path is plot else ())
+    check_distinct(outputs, [model, *data])
+    modes: dict[str, CompileMode] = {"on": "wait", "off": "off", "auto": "stored"}
+    mode = modes[compile_]
     potential = load(model, device=device, dtype=dtype, compile=mode, tabulate=tabulate)
     chosen = _chosen_heads(potential, heads)
     type_maps = {potential.head(name).model.type_map for name in chosen}

@@ -31,13 +31,11 @@ from .models.layout import Argument
 
 __all__ = ["CompileMode", "GraphWarning", "SharedGraph", "cache_directory", "signed", "trace"]
 
-#: "off": eager. "wait": compiled from the first call on. "background": a stored graph is used from the first
-#: call on; else calls are answered eagerly while one is compiled, which takes over when it has passed its
-#: self-check.
-CompileMode = Literal["off", "wait", "background"]
+#: "off": eager. "stored": a graph that is stored already, else eager. "wait": compiled from the first call
+#: on. "background": a stored graph is used from the first call on; else calls are answered eagerly while one
+#: is compiled, which takes over when it has passed its self-check.
+CompileMode = Literal["off", "wait", "background", "stored"]
 
-#: the compiler is no business of two threads at a time
-_COMPILER = threading.Lock()
 #: calls answered eagerly before a background compilation starts: a single-point script never pays for one
 _CALLS_BEFORE_BACKGROUND = 3
 #: largest difference between a graph and eager that its self-check accepts, by the precision of the weights
@@ -47,15 +45,23 @@ _SELF_CHECK_FLOOR = 0.01
 #: sizes to trace with: all different and none small, since the compiler may take what coincides for a rule
 _EXAMPLE_SIZES = (61, 97, 53, 71, 83, 59, 101, 67, 89, 79, 73, 103, 107, 109, 113, *range(127, 600, 2))
 _OPTIONS = {
-    # twice as fast as the vectorised tanh of Sleef, and within 1 ulp of 1 of it
+    # floats; for doubles see `_TANH`
     "cpp.use_decompose_tanh": True,
     # code that fits any number of threads; else the number at hand is part of it, down to the size of buffers
     "cpp.dynamic_threads": True,
+    # in this thread: at the end of a process, which waits for it, there are no pools to compile in
+    "compile_threads": 1,
     # they would be shared through a directory below /tmp that anyone can make first
     "aot_inductor.precompile_headers": False,
     # the wrapper only calls the kernels; optimizing it would take most of the compile time
     "aot_inductor.compile_wrapper_opt_level": "O0",
 }
+
+
+@cache
+def _compiler(process: int) -> threading.Lock:
+    """The compiler is no business of two threads at a time; a forked process doesn't inherit a held lock."""
+    return threading.Lock()
 
 
 class GraphWarning(UserWarning):
@@ -171,7 +177,8 @@ class SharedGraph:
     #: graphs compiled in this process (loading a stored one does not count)
     n_compiled: int = 0
     _compiled: _Compiled | None = None
-    _unchecked: bool = False
+    #: outputs that were zero in all calls so far and say nothing about the graph; None before the first call
+    _unconfirmed: frozenset[int] | None = None
     _n_calls: int = 0
     _worker: threading.Thread | None = None
 
@@ -184,17 +191,21 @@ class SharedGraph:
         self._n_calls += 1
         if self._compiled is None and self.mode != "off":
             self._prepare(data[0].device)
-        if self._compiled is None:
+        compiled = self._compiled  # another thread may give it up
+        if compiled is None or self.mode == "off":
             return self.function(*data, *weights)
         _require_declared(self.arguments, data)
-        if self._unchecked:
-            return self._check(data, weights)
-        return self._compiled(*data, *weights)
+        if self._unconfirmed is None:
+            return self._check(compiled, data, weights)
+        outputs = compiled(*data, *weights)
+        if any(bool(outputs[k].any()) for k in self._unconfirmed):
+            return self._check(compiled, data, weights)
+        return outputs
 
     @property
     def is_compiled(self) -> bool:
         """Whether the next call runs compiled code."""
-        return self._compiled is not None
+        return self._compiled is not None and self.mode != "off"
 
     def join(self) -> None:
         """Wait for a compilation in the background."""
@@ -206,7 +217,10 @@ class SharedGraph:
             self._obtain(device)
         elif self._n_calls == 1:
             self._obtain(device, compile_missing=False)
-        elif self._worker is None and self._n_calls > _CALLS_BEFORE_BACKGROUND:
+        elif self.mode == "background" and self._worker is None and self._n_calls > _CALLS_BEFORE_BACKGROUND:
+            # the compiler imports it, which Python 3.11 forbids once a process has come to its end
+            import concurrent.futures.process  # noqa: F401
+
             self._worker = threading.Thread(target=self._obtain, args=(device,), name="mtinfer-compile")
             self._worker.start()
 
@@ -215,17 +229,15 @@ class SharedGraph:
         try:
             compiled = store.load(device)
             if compiled is None and compile_missing:
-                with _COMPILER:
+                with _compiler(os.getpid()):
                     if self.mode == "off":
                         return
-                    store.make_private()
                     compiled = store.load(device) or self._compile(store)
         except Exception as err:  # the compiler raises many types; whatever it is, eager is right
             if not threading.main_thread().is_alive():
-                return  # the process ends, and nobody waits for the graph
+                return  # the process ends before the compiler was imported, and nobody waits for the graph
             self._give_up(f"the graph could not be compiled ({_first_line(err)})")
             return
-        self._unchecked = compiled is not None
         self._compiled = compiled
 
     def _compile(self, store: _Store) -> _Compiled:
@@ -239,8 +251,9 @@ class SharedGraph:
         # of what the compiler writes only the graph is kept, and what it found out about the processor
         with (
             tempfile.TemporaryDirectory(prefix="mtinfer-") as folder,
-            temporary_cache_dir(str(store.directory / "inductor")),
+            temporary_cache_dir(str((store.directory if store.make() else Path(folder)) / "inductor")),
             _without_transposed_tiles(),
+            _with_short_tanh(),
         ):
             options = {**_OPTIONS, "aot_inductor.package": True, "aot_inductor.output_path": folder}
             files = aot_compile(module, tuple(fakes), options=options)
@@ -259,14 +272,15 @@ class SharedGraph:
                 )
             return _Compiled(package, self.weights[0].device)
 
-    def _check(self, data: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """First call of a graph: compare every output with eager."""
-        assert self._compiled is not None
+    def _check(
+        self, compiled: _Compiled, data: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Compare every output with eager: at the first call, and again when one is first not all zero."""
         expected = self.function(*data, *weights)
         if not all(bool(torch.isfinite(output).all()) for output in expected):
             return expected  # atoms on top of each other say nothing about the graph
         try:
-            worst = max(map(_difference, self._compiled(*data, *weights), expected)) / self._tolerance
+            worst = max(map(_difference, compiled(*data, *weights), expected)) / self._tolerance
         except Exception as err:
             self._give_up(f"the compiled graph failed ({_first_line(err)})")
             return expected
@@ -276,7 +290,8 @@ class SharedGraph:
                 f"please report this with the model's configuration, and empty {cache_directory()}"
             )
             return expected
-        self._unchecked = False
+        zero = frozenset(k for k, output in enumerate(expected) if not bool(output.any()))
+        self._unconfirmed = zero if self._unconfirmed is None else zero & self._unconfirmed
         return expected
 
     @property
@@ -308,6 +323,42 @@ def _without_transposed_tiles() -> Iterator[None]:
         yield
 
 
+#: tanh of a vector of doubles x, within a few ulp, in less time than by way of exp. It is a ratio p/q, first
+#: of y = x/64 by the Padé approximant [7/6] (Abramowitz and Stegun 4.5.70, cut off), then of 2y, 4y, … x:
+#: tanh 2y = 2pq/(p² + q²), which does not enlarge relative errors. Beyond 19.1 it is 1 to the last digit.
+_TANH = """[](const auto& x) {{
+    using V = std::decay_t<decltype(x)>;
+    const auto y = at::vec::clamp(x, V(-19.1), V(19.1)) * V(1.0 / 64.0);
+    const auto z = y * y;
+    auto p = at::vec::fmadd(z, V(1.0 / 135135.0), V(378.0 / 135135.0));
+    p = at::vec::fmadd(z, p, V(17325.0 / 135135.0));
+    p = y * at::vec::fmadd(z, p, V(1.0));
+    auto q = at::vec::fmadd(z, V(28.0 / 135135.0), V(3150.0 / 135135.0));
+    q = at::vec::fmadd(z, q, V(62370.0 / 135135.0));
+    q = at::vec::fmadd(z, q, V(1.0));
+    for (int k = 0; k < 6; ++k) {{
+        const auto pq = p * q;
+        q = at::vec::fmadd(q, q, p * p);
+        p = pq + pq;
+    }}
+    return p / q;
+}}({})"""
+
+
+@contextlib.contextmanager
+def _with_short_tanh() -> Iterator[None]:
+    """Have Inductor's CPU code evaluate tanh of doubles by `_TANH`; no option of torch 2.13 does."""
+    from torch._inductor.codegen.cpp import CppVecOverrides
+
+    usual = CppVecOverrides.tanh
+
+    def tanh(x: Any) -> str:
+        return _TANH.format(x) if x.dtype == torch.float64 else str(usual(x))  # type: ignore[no-untyped-call]
+
+    with patch.object(CppVecOverrides, "tanh", staticmethod(tanh)):
+        yield
+
+
 def _difference(got: Tensor, expected: Tensor) -> float:
     """Largest difference relative to the largest value."""
     if not expected.numel():
@@ -334,7 +385,8 @@ def _sources() -> str:
     """Digest of the files whose text determines a graph."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    traced = [here / "train" / name for name in ("batch.py", "step.py")]
+    functions = ("heads.py", "stage_graphs.py", "value_graphs.py", "train/batch.py", "train/step.py")
+    traced = [here / name for name in functions]
     for path in sorted([Path(__file__), *(here / "models").glob("*.py"), *traced]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -342,8 +394,11 @@ def _sources() -> str:
 
 @cache
 def _machine() -> str:
-    """Processor and instruction set: a stored CPU graph is native code."""
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    """Processor and its instructions: a stored CPU graph is native code, made for all of them."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else [platform.processor()]
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), lines[0])
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {flags}"
 
 
 def _require_declared(arguments: Sequence[Argument], data: Sequence[Tensor]) -> None:
@@ -375,6 +430,10 @@ class _Compiled:
         return tuple(self._loader.run([argument.contiguous() for argument in arguments]))
 
 
+class _NotPrivateError(Exception):
+    """Others could have put a graph where graphs are read from."""
+
+
 @dataclass(frozen=True)
 class _Store:
     """One stored graph in a directory that belongs to the user alone."""
@@ -390,21 +449,29 @@ class _Store:
     def _record(self) -> Path:
         return self.directory / f"{self.key}.json"
 
-    def make_private(self) -> None:
-        """Create the directory for the user alone, and refuse another's."""
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._require_private()
+    def make(self) -> bool:
+        """Create the directory for the user alone, and refuse another's; False where it can't be created."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:
+            return False
+        self._require_private(self.directory)
+        return True
 
-    def _require_private(self) -> None:
-        status = self.directory.stat()
-        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-            raise PermissionError(
-                f"{self.directory} must belong to you and be writable by you alone "
-                f"(chmod 700 {self.directory}, or set MTINFER_CACHE to another directory)"
-            )
+    def _require_private(self, *paths: Path) -> None:
+        for path in paths:
+            status = path.stat()
+            if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+                raise _NotPrivateError(
+                    f"{path} must belong to you and be writable by you alone, since graphs are native code "
+                    f"(empty {self.directory} and chmod 700 it, or set MTINFER_CACHE to another directory)"
+                )
 
     def load(self, device: torch.device) -> _Compiled | None:
         """Return the stored graph, or None where there is none or its checksum is wrong."""
+        if not (self._record.exists() and self._binary.exists()):
+            return None
+        self._require_private(self.directory, self._record, self._binary)
         try:
             record = json.loads(self._record.read_text())
             content = self._binary.read_bytes()
@@ -412,7 +479,6 @@ class _Store:
             return None
         if not isinstance(record, dict) or record.get("sha256") != hashlib.sha256(content).hexdigest():
             return None
-        self._require_private()
         return _Compiled(self._binary, device)
 
     def save(self, package: Path, signature: str) -> None:
@@ -425,5 +491,6 @@ class _Store:
         }
         for path, value in ((self._binary, content), (self._record, json.dumps(fields).encode())):
             temporary = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
+            temporary.touch(mode=0o600)
             temporary.write_bytes(value)
             temporary.replace(path)

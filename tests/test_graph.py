@@ -27,7 +27,7 @@ from torch import Tensor
 
 import mtinfer
 from mtinfer import MTCalculator, Potential
-from mtinfer.graph import _COMPILER, GraphWarning, SharedGraph, _Store, cache_directory, trace
+from mtinfer.graph import GraphWarning, SharedGraph, _compiler, _Store, cache_directory, trace
 from mtinfer.models.layout import Argument
 from mtinfer.testing import precision
 
@@ -304,7 +304,10 @@ def test_store_of_another_user_is_refused(filled_store: Path, monkeypatch: pytes
 def test_store_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("MTINFER_CACHE", str(tmp_path / "file" / "cache"))
-    require_refusal("could not be compiled .*Error")
+    graph = small_graph()
+    with pytest.warns(GraphWarning, match="could not be stored .*; it serves this process only"):
+        require_eager_numbers(graph, data())
+    assert (graph.n_compiled, graph.is_compiled) == (1, True)
 
 
 def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -451,7 +454,7 @@ def test_background_answers_eagerly_in_the_meantime(store: Path, monkeypatch: py
 
 def test_background_uses_a_stored_graph_at_once(filled_store: Path) -> None:
     graph = small_graph("background")
-    with _COMPILER:  # as while another graph is being compiled
+    with _compiler(os.getpid()):  # as while another graph is being compiled
         require_eager_numbers(graph, data())
     assert (graph.n_compiled, graph.is_compiled) == (0, True)
 
@@ -468,6 +471,12 @@ def test_graph_that_cannot_be_stored_still_serves(store: Path, monkeypatch: pyte
     assert graph.is_compiled
 
 
+def test_graph_that_others_can_write_is_refused(filled_store: Path) -> None:
+    for stored in filled_store.glob("*.graph"):
+        stored.chmod(0o666)
+    require_refusal(r"\.graph must belong to you")
+
+
 def test_self_check_waits_for_a_structure_that_says_something(filled_store: Path) -> None:
     graph = small_graph()
     spoiled = (data()[0] * torch.nan, data()[1])
@@ -475,6 +484,36 @@ def test_self_check_waits_for_a_structure_that_says_something(filled_store: Path
         assert all(torch.isnan(output).any() for output in graph(spoiled, [WEIGHTS]))
     require_eager_numbers(graph, data())
     assert graph.is_compiled
+
+
+def test_outputs_that_were_zero_are_checked_when_they_are_not(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As forces after an isolated atom."""
+
+    def graph_of(function: Callable[..., tuple[Tensor, ...]]) -> SharedGraph:
+        monkeypatch.setattr(SharedGraph, "_compile", lambda self, store: function)
+        return small_graph(signature=function.__name__)
+
+    silent, flat = torch.zeros_like(WEIGHTS), data()
+    for function in (small, wrong):
+        graph = graph_of(function)
+        assert not graph(flat, [silent])[1].any()
+        assert graph.is_compiled
+        if function is small:
+            require_eager_numbers(graph, flat)
+            assert graph.is_compiled
+        else:
+            with pytest.warns(GraphWarning, match="differs from eager"):
+                require_eager_numbers(graph, flat)
+
+
+def test_off_stops_a_compiled_graph(filled_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = small_graph()
+    require_eager_numbers(graph, data())
+    graph.mode = "off"
+    monkeypatch.setattr(graph, "_compiled", not_a_number)
+    require_eager_numbers(graph, data())
 
 
 def test_off_never_compiles(store: Path) -> None:
