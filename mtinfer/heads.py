@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +29,10 @@ class HeadState:
     weight_names: tuple[str, ...]
     #: per weight group, in the order of the names, in which the graph takes them
     weights: tuple[tuple[Tensor, ...], ...]
+    #: (n_types,) float64, eV, added to the energies that the graph returns
+    bias: Tensor
     #: (numb_fparam,), or None where the model has no default
     default_fparam: Tensor | None
-    #: (2,), total charge and spin where a structure carries none
-    default_charge_spin: tuple[float, float] | None
     #: elements of the training data; None where the file does not say
     observed_types: frozenset[str] | None
     graph: SharedGraph
@@ -104,6 +103,10 @@ def _model(record: HeadRecord, dialect: str) -> EnergyModel:
         )
     except UnsupportedModelError as err:
         raise UnsupportedModelError(f"head {record.name!r}: {err}") from err
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as err:
+        raise UnsupportedModelError(
+            f"head {record.name!r}: its configuration can't be read ({type(err).__name__}: {err})"
+        ) from err
     check_weights(record.name, record.weights, model.parameters())
     return model
 
@@ -119,7 +122,6 @@ def _head_state(
     groups = model.prepare(weights)
     names = tuple(sorted(groups[0]))
     default_fparam = weights.get("fitting_net.default_fparam_tensor")
-    charge_spin = _default_charge_spin(record.config["descriptor"])
     stages = _graphs(model, names, groups[0], mode, graphs)
     return HeadState(
         name=record.name,
@@ -127,19 +129,12 @@ def _head_state(
         model=model,
         weight_names=names,
         weights=tuple(tuple(group[name].contiguous() for name in names) for group in groups),
+        bias=model.bias(weights),
         default_fparam=None if default_fparam is None else default_fparam.cpu().to(torch.float64),
-        default_charge_spin=None if charge_spin is None else (float(charge_spin[0]), float(charge_spin[1])),
         observed_types=_observed(record),
         graph=stages.whole,
         stages=stages,
     )
-
-
-def _default_charge_spin(descriptor: Mapping[str, Any]) -> Sequence[float] | None:
-    """Charge and spin of a structure that carries none; members of a hybrid must agree on them."""
-    readers = [part for part in descriptor.get("list", [descriptor]) if part.get("add_chg_spin_ebd")]
-    defaults = {tuple(part["default_chg_spin"]) if part.get("default_chg_spin") else None for part in readers}
-    return defaults.pop() if len(defaults) == 1 else None
 
 
 def _graphs(

@@ -100,14 +100,15 @@ class ValueGraphs:
             named = dict(zip(names, weights, strict=True))
             return (model.fitted(features, types, fparam, aparam, named),)
 
-        energies = torch.zeros(inputs.n_atoms, dtype=torch.float64, device=inputs.types.device)
+        energies = state.bias[inputs.types]
         for own in described:
             named = dict(zip(state.weight_names, state.weights[own.group], strict=True))
             weights = {name: named[name] for name in names}
             graph = self._graph(repr(fitting), function, arguments, weights, state)
             fparam = inputs.fparam[inputs.frames[own.atoms]]
             data = (own.features, inputs.types[own.atoms], fparam, inputs.aparam[own.atoms])
-            (energies[own.atoms],) = graph(data, tuple(weights.values()))
+            (net,) = graph(data, tuple(weights.values()))
+            energies[own.atoms] += net
         return energies.new_zeros(inputs.n_frames).index_add_(0, inputs.frames, energies)
 
     def _graph(

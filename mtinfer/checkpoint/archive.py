@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError, OutputError, UnsupportedModelError
+from ..files import replacing
 from . import schema
 from .container import read_safetensors_header
 from .dialects import ALWAYS_FLOAT64
@@ -148,16 +149,11 @@ def _source(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as err:
-        raise OutputError(f"{str(path)!r} can't be written: {err}") from err
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        try:
+            save_file(tensors, partial, metadata)
+        except SafetensorError as err:
+            raise OSError(str(err)) from err
 
 
 def read(path: Path) -> Checkpoint:

@@ -104,6 +104,7 @@ def _record(head: HeadEntries[torch.Tensor], dialect: str, own: _PrivateCopies) 
     weights = {}
     if head.refused is None:
         weights = canonical_weights(dialect, head.name, head.entries, same=_same_numbers)
+        weights.setdefault("min_nbor_dist", torch.tensor(-1.0, dtype=torch.float64))  # -1: not known
     return HeadRecord(
         name=head.name,
         aliases=head.aliases,

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..descriptor_kinds import kind_of
 from . import schema
 from .container import file_kind, read_pickle_bytes, read_safetensors_header
 from .dialects import canonical_weights
 from .heads import split_state
-from .refusals import DESCRIPTOR_TYPES, refusal
+from .refusals import refusal
 from .sharing import Share, StoredWeight, Weights, is_trainable, parameter_count, shares
 from .unpickle import TensorStub, load_structure
 
@@ -208,8 +209,7 @@ def _head_info(head: _Head) -> HeadInfo:
 def _descriptor_info(config: Any) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         return {}
-    kind = str(config.get("type", "se_e2_a"))
-    kind = DESCRIPTOR_TYPES.get(kind, kind)
+    kind = kind_of(config)
     members = config.get("list")
     if kind == "hybrid" and isinstance(members, list):
         return {"type": kind, "members": [_descriptor_info(member) for member in members]}

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-__all__ = ["DESCRIPTOR_TYPES", "Shaped", "descriptors", "refusal"]
+from ..descriptor_kinds import KINDS, kind_of
+
+__all__ = ["Shaped", "descriptors", "refusal"]
 
 Config = Mapping[str, Any]
 
@@ -20,17 +22,6 @@ class Shaped(Protocol):
 
 Entries = Mapping[str, Shaped]
 
-#: descriptor type as spelled in a file -> the name that mtinfer uses
-DESCRIPTOR_TYPES = {
-    "se_e2_a": "se_e2_a",
-    "se_a": "se_e2_a",
-    "se_atten": "se_atten",
-    "dpa1": "se_atten",
-    "se_atten_v2": "se_atten_v2",
-    "dpa2": "dpa2",
-    "dpa3": "dpa3",
-    "hybrid": "hybrid",
-}
 PRECISIONS = ("default", "float64", "double", "float32", "single")
 
 
@@ -71,8 +62,7 @@ def _bridging(config: Config, _: Entries) -> Any:
 
 
 def _descriptor_type(config: Config, _: Entries) -> Any:
-    types = (descriptor.get("type", "se_e2_a") for descriptor in descriptors(config))
-    return next((kind for kind in types if kind not in DESCRIPTOR_TYPES), None)
+    return next((kind for kind in map(kind_of, descriptors(config)) if kind not in KINDS), None)
 
 
 def _precision(config: Config, _: Entries) -> Any:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..descriptor_kinds import KINDS, kind_of
 from ..errors import CheckpointError, OutputError, UnsupportedModelError
+from ..files import replacing
+from ..models import EnergyModel
 from .dialects import CANONICAL, DIALECTS, TABLE, compile_pattern, render
 from .heads import DEFAULT_HEAD
 from .records import Checkpoint, HeadRecord
@@ -21,17 +24,23 @@ __all__ = ["convert", "file_key", "training_content", "write_content"]
 
 #: `se_atten` blocks, whose files carry a few tensors that no model reads
 _PAIR_BLOCKS = ("se_atten", "repinit", "repinit_three_body")
-#: values that `pt` takes for a key that the configuration lacks, where `pt_expt` takes others:
-#: (section, type of descriptor or None, key, pt, pt_expt)
-_CLASS_DEFAULTS: tuple[tuple[str, str | None, str, Any, Any], ...] = (
-    ("descriptor", "se_e2_a", "neuron", [25, 50, 100], [24, 48, 96]),
-    ("descriptor", "se_e2_a", "axis_neuron", 16, 8),
-    ("descriptor", "se_atten", "axis_neuron", 16, 8),
-    ("descriptor", "se_atten_v2", "axis_neuron", 16, 8),
-    ("descriptor", "se_atten", "set_davg_zero", True, False),
-    ("descriptor", "se_atten_v2", "set_davg_zero", True, False),
-    ("fitting_net", None, "neuron", [128, 128, 128], [120, 120, 120]),
-)
+#: kind of descriptor, or fitting_net -> keys for which the dialects take different values where the
+#: configuration lacks them
+_CLASS_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "se_e2_a": {
+        "neuron": {"pt": [25, 50, 100], "pt_expt": [24, 48, 96]},
+        "axis_neuron": {"pt": 16, "pt_expt": 8},
+    },
+    "se_atten": {
+        "axis_neuron": {"pt": 16, "pt_expt": 8},
+        "set_davg_zero": {"pt": True, "pt_expt": False},
+    },
+    "se_atten_v2": {
+        "axis_neuron": {"pt": 16, "pt_expt": 8},
+        "set_davg_zero": {"pt": True, "pt_expt": False},
+    },
+    "fitting_net": {"neuron": {"pt": [128, 128, 128], "pt_expt": [120, 120, 120]}},
+}
 
 
 @cache
@@ -83,7 +92,8 @@ def _masks(record: HeadRecord) -> dict[str, torch.Tensor]:
     n_types = len(config["type_map"])
     atoms, pairs = config.get("atom_exclude_types") or [], config.get("pair_exclude_types") or []
     prefix = "atomic_model."
-    masks = {f"{prefix}fitting_net.emask.type_mask": _type_mask(atoms, n_types)}
+    left_out = config["fitting_net"].get("exclude_types", atoms)
+    masks = {f"{prefix}fitting_net.emask.type_mask": _type_mask(left_out, n_types)}
     if atoms:
         masks[f"{prefix}atom_excl.type_mask"] = _type_mask(atoms, n_types)
     if pairs:
@@ -98,7 +108,7 @@ def _masks_of_part(
     descriptor: Mapping[str, Any], weights: Mapping[str, torch.Tensor], record: HeadRecord
 ) -> dict[str, torch.Tensor]:
     type_map = record.config["type_map"]
-    kind = descriptor.get("type", "se_e2_a")
+    kind = kind_of(descriptor)
     if kind == "hybrid":
         slots = _slots_of_members(descriptor["list"], weights, len(type_map))
         return {f"nlist_cut_idx.{index}": own for index, own in enumerate(slots)}
@@ -111,7 +121,7 @@ def _masks_of_part(
     }
     if kind == "se_e2_a":
         masks["emask.type_mask"] = excluded
-    if kind in ("se_atten", "dpa2"):
+    if KINDS[kind].graph_flag:
         masks["graph_lower_disabled"] = torch.tensor(record.graph_lower_disabled)
     if descriptor.get("use_econf_tebd"):
         from ..models.electron_configuration import electron_configuration
@@ -128,7 +138,7 @@ def _slots_of_members(
 
     The list has one section per type, as long as the longest of that type, unless a member has only one.
     """
-    if all(member.get("type", "se_e2_a") == "se_e2_a" for member in members):
+    if all(kind_of(member) == "se_e2_a" for member in members):
         sections = [max(member["sel"][t] for member in members) for t in range(n_types)]
         starts = [sum(sections[:t]) for t in range(n_types)]
         return [
@@ -219,16 +229,11 @@ def write_content(path: Path, content: Mapping[str, Any]) -> None:
     OutputError
         The file can't be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(dict(content), temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as err:
-        raise OutputError(f"{str(path)!r} can't be written: {err}") from err
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        try:
+            torch.save(dict(content), partial)
+        except RuntimeError as err:
+            raise OSError(str(err)) from err
 
 
 def convert(
@@ -250,8 +255,8 @@ def convert(
 
     Returns
     -------
-    heads written, and one sentence for every head whose numbers change because the dialects count neighbours
-    differently
+    heads written, and one sentence for every head whose numbers change because the dialects select its
+    neighbours differently
 
     Raises
     ------
@@ -272,6 +277,7 @@ def convert(
     if not records:
         raise UnsupportedModelError(f"{str(checkpoint.path)!r} has no head that can be written")
     written = {name: _translated(record, checkpoint.dialect, dialect) for name, record in records.items()}
+    notes = [_change(record, checkpoint.dialect, written[name], dialect) for name, record in records.items()]
     single = list(checkpoint.heads) == [DEFAULT_HEAD]
     state = training_content(
         written,
@@ -281,10 +287,7 @@ def convert(
         shared_dict=None if single else {},
     )
     write_content(path, {"model": state})
-    changed = {} if checkpoint.dialect == dialect else records
-    return tuple(records), [
-        note for record in changed.values() for note in _changes(record, checkpoint.dialect)
-    ]
+    return tuple(records), [note for note in notes if note is not None]
 
 
 def _translated(record: HeadRecord, source: str, target: str) -> HeadRecord:
@@ -292,30 +295,58 @@ def _translated(record: HeadRecord, source: str, target: str) -> HeadRecord:
     if source == target:
         return record
     config = copy.deepcopy(record.config)
-    for section, kind, key, of_pt, of_expt in _CLASS_DEFAULTS:
-        if kind in (None, config["descriptor"].get("type", "se_e2_a")):
-            config[section].setdefault(key, of_pt if source == "pt" else of_expt)
-    # the neighbour list of pt stays that of the head
+    left_out = config["fitting_net"].get("exclude_types")
+    if target == "pt" and left_out is not None:
+        raise UnsupportedModelError(
+            f"head {record.name!r}: its fitting net leaves out other types ({left_out}) than the head, which "
+            "a pt file can't hold; convert to pt_expt or safetensors"
+        )
+    config["descriptor"] = _completed(config["descriptor"], source)
+    config["fitting_net"] |= _left_out(config["fitting_net"], "fitting_net", source)
+    # the neighbour list of pt stays that of the head, where a file can say so
     dense = record.graph_lower_disabled or source == "pt"
-    return HeadRecord(record.name, record.aliases, config, record.weights, dense, record.refused)
+    flagged = KINDS[kind_of(config["descriptor"])].graph_flag
+    return replace(record, config=config, graph_lower_disabled=dense and flagged)
 
 
-def _changes(record: HeadRecord, source: str) -> Iterator[str]:
-    kind = record.config["descriptor"].get("type", "se_e2_a")
-    if (
-        source == "pt_expt"
-        and kind in ("se_atten", "se_atten_v2", "dpa2")
-        and not record.graph_lower_disabled
-    ):
-        yield (
-            f"head {record.name!r}: pt keeps the nearest 'sel' neighbours and counts empty slots, pt_expt "
+def _completed(descriptor: Mapping[str, Any], source: str) -> dict[str, Any]:
+    kind = kind_of(descriptor)
+    completed = {"type": kind, **descriptor, **_left_out(descriptor, kind, source)}
+    if members := descriptor.get("list"):
+        completed["list"] = [_completed(member, source) for member in members]
+    return completed
+
+
+def _left_out(section: Mapping[str, Any], kind: str, source: str) -> dict[str, Any]:
+    # n_axis_neuron is the older spelling of axis_neuron
+    return {
+        key: section.get(f"n_{key}", values[source])
+        for key, values in _CLASS_DEFAULTS.get(kind, {}).items()
+        if key not in section
+    }
+
+
+def _change(before: HeadRecord, source: str, after: HeadRecord, target: str) -> str | None:
+    """Say how the numbers of a head change because its neighbours are selected in another way."""
+    was, now = (
+        EnergyModel.from_config(
+            record.config, dialect, graph_lower_disabled=record.graph_lower_disabled
+        ).descriptor.selection
+        for record, dialect in ((before, source), (after, target))
+    )
+    if (was.sel is None) != (now.sel is None):
+        return (
+            f"head {before.name!r}: pt keeps the nearest 'sel' neighbours and counts empty slots, pt_expt "
             "does neither; energies differ where that matters"
         )
-    if source == "pt" and kind == "se_atten_v2":
-        yield (
-            f"head {record.name!r}: pt_expt can't keep the neighbour list of pt for se_atten_v2, and "
-            "energies differ where it matters"
+    # a list by type has pairs of an excluded kind in a section of their own
+    shorter = any(not inner.by_type for inner in was.inner)
+    if was.pair_exclude and shorter and was.closes_gaps != now.closes_gaps:
+        return (
+            f"head {before.name!r}: excluded pairs ('pair_exclude_types') take up slots of the shorter "
+            "neighbour lists in pt, not in pt_expt; energies differ where such a list is full"
         )
+    return None
 
 
 def check_no_debris(content: Mapping[str, Any]) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..errors import UnsupportedModelError, nearest
 
 
-def _gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+def _gelu(x: Tensor, factor: float = math.sqrt(2.0 / math.pi)) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(factor * (x + 0.044715 * x * x * x)))
 
 
 class _Silu(torch.autograd.Function):
@@ -95,10 +95,30 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": _softplus,
     "gelu": _gelu,
     "gelu_tf": _gelu,
+    # sqrt(2/π) rounded to float32
+    "gelu_rounded": lambda x: _gelu(x, 0.7978845834732056),
     "silu": _silu,
     "none": _identity,
     "linear": _identity,
 }
+
+
+def known_activation(name: object, *, rounded: bool = False) -> str:
+    """Check the name that a configuration gives, and return it.
+
+    Parameters
+    ----------
+    rounded
+        of the layers in which pt_expt evaluates gelu with a constant in float32 (repformer, repflow); the
+        name returned then stands for that function.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For an unknown name.
+    """
+    activation(str(name))
+    return "gelu_rounded" if rounded and str(name).lower() in ("gelu", "gelu_tf") else str(name)
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -114,7 +134,7 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
         return _silut(float(argument) if argument else 3.0)
     if kind in _ACTIVATIONS and not argument:
         return _ACTIVATIONS[kind]
-    allowed = (*_ACTIVATIONS, "silut[:threshold]")
+    allowed = (*(known for known in _ACTIVATIONS if known != "gelu_rounded"), "silut[:threshold]")
     raise UnsupportedModelError(
         f"activation function {name!r} is unknown{nearest(name, allowed)}; known are {', '.join(allowed)}"
     )

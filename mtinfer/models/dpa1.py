@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..inputs import GraphInputs, ParameterSpec
+from .activations import known_activation
 from .environment import (
     Environment,
     TypeEmbedding,
@@ -245,6 +246,8 @@ class DPA1:
     block: str
 
     mixed_types = True
+    reads_charge_spin = False
+    default_chg_spin = None
 
     @classmethod
     def from_config(
@@ -296,7 +299,7 @@ class DPA1:
             pair_network=PairNetwork(
                 block,
                 neuron,
-                str(config.get("activation_function", "tanh")),
+                known_activation(config.get("activation_function", "tanh")),
                 bool(config.get("resnet_dt", False)),
                 dtype,
                 tebd_dim,

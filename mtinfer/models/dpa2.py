@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import GraphInputs, ParameterSpec
+from .activations import known_activation
 from .dpa1 import DPA1
 from .environment import Environment, TypeEmbedding
 from .gather import Index, lookup
@@ -73,6 +74,8 @@ class DPA2:
     can_overflow: bool
 
     mixed_types = True
+    reads_charge_spin = False
+    default_chg_spin = None
 
     @classmethod
     def from_config(
@@ -95,6 +98,8 @@ class DPA2:
         """
         section = _REPINIT_DEFAULTS | dict(required(config, "repinit", "dpa2"))
         options = RepformerOptions.from_config(required(config, "repformer", "dpa2"))
+        function = known_activation(options.activation_function, rounded=not pt)
+        options = replace(options, activation_function=function)
         dtype = precision(config.get("precision", "default"))
         smooth = bool(config.get("smooth", True))
         # upstream keeps the truncated list where an empty slot could count

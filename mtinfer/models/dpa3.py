@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import StructureError
 from ..inputs import GraphInputs, ParameterSpec
-from .activations import activation
+from .activations import activation, known_activation
 from .environment import TypeEmbedding
 from .gather import Index, lookup
 from .layers import Weights, precision, required
@@ -38,8 +38,7 @@ class DPA3:
     type_embedding: TypeEmbedding
     repflow: Repflow
     concat_output_tebd: bool
-    charge_spin: bool
-    #: total charge and spin of structures that give none
+    reads_charge_spin: bool
     default_chg_spin: tuple[float, float] | None = field(repr=False)
     selection: Selection = field(repr=False)
 
@@ -81,12 +80,12 @@ class DPA3:
             repflow=Repflow(
                 options,
                 n_types,
-                str(config.get("activation_function", "silu")),
+                known_activation(config.get("activation_function", "silu"), rounded=not pt),
                 float(config.get("env_protection", 0.0)),
                 dtype,
             ),
             concat_output_tebd=bool(config.get("concat_output_tebd", False)),
-            charge_spin=bool(config.get("add_chg_spin_ebd", False)),
+            reads_charge_spin=bool(config.get("add_chg_spin_ebd", False)),
             default_chg_spin=None if default is None else (float(default[0]), float(default[1])),
             selection=replace(edges, inner=(angles,) if options.update_angle else ()),
         )
@@ -108,7 +107,7 @@ class DPA3:
     def parameters(self) -> dict[str, ParameterSpec]:
         """Return name -> shape and dtype of every weight."""
         specs = self.type_embedding.parameters() | self.repflow.parameters()
-        if self.charge_spin:
+        if self.reads_charge_spin:
             n = self.repflow.options.n_dim
             specs |= self._table("chg_embedding", _N_CHARGES).parameters()
             specs |= self._table("spin_embedding", _N_SPINS).parameters()
@@ -119,7 +118,7 @@ class DPA3:
     def prepare(self, weights: Weights) -> list[dict[str, Tensor]]:
         """Weights for the graph, in the single group of this descriptor."""
         prepared = {"descriptor.type_embedding": self.type_embedding.rows(weights)}
-        if self.charge_spin:
+        if self.reads_charge_spin:
             of_charge, of_spin = weights["descriptor.mix_cs_mlp.w"].chunk(2)
             charge = self._table("chg_embedding", _N_CHARGES).rows(weights) @ of_charge
             spin = self._table("spin_embedding", _N_SPINS).rows(weights) @ of_spin
@@ -131,7 +130,7 @@ class DPA3:
         """Displacement arrays and further arguments of the graph; see `__call__`."""
         index = torch.int64
         tensors = [Argument(("atoms",), index)]
-        if self.charge_spin:
+        if self.reads_charge_spin:
             tensors.append(Argument(("atoms", 2), index))
         return [Argument(("edges", 3))], [*tensors, *Lists.arguments(nearby="atoms")]
 
@@ -142,7 +141,7 @@ class DPA3:
             Index.of(pairs.neighbors, inputs.n_atoms),
             *_angle_lists(self._near_edges(inputs, pairs), pairs.centers, inputs.n_atoms),
         )
-        own = [self._rows_of_tables(inputs)] if self.charge_spin else []
+        own = [self._rows_of_tables(inputs)] if self.reads_charge_spin else []
         return [
             Layout(
                 group=0,
@@ -210,7 +209,7 @@ class DPA3:
         return self._evaluate(displacements[0], tensors, division, weights, call)
 
     def _lists(self, tensors: tuple[Tensor, ...]) -> Lists:
-        return Lists.of(tensors[1 + self.charge_spin :])
+        return Lists.of(tensors[1 + self.reads_charge_spin :])
 
     def _evaluate(
         self,
@@ -222,7 +221,7 @@ class DPA3:
     ) -> tuple[Tensor, Tensor]:
         types = tensors[0]
         node = lookup(weights["descriptor.type_embedding"], types)
-        if self.charge_spin:
+        if self.reads_charge_spin:
             rows = tensors[1]
             charge, spin = (weights[f"descriptor.{name}"] for name in ("charge", "spin"))
             mixed = lookup(charge, rows[:, 0]) + lookup(spin, rows[:, 1])

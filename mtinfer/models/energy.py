@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..descriptor_kinds import KINDS, kind_of
 from ..errors import UnsupportedModelError
 from ..inputs import GraphInputs, ParameterSpec
 from .fitting import EnergyFitting
@@ -28,6 +29,11 @@ class Descriptor(Protocol):
     #: one fitting net for all types, or one per centre type (then: one weight group per type)
     mixed_types: ClassVar[bool]
 
+    #: whether total charge and spin of a structure enter, and those of structures that give none
+    @property
+    def reads_charge_spin(self) -> bool: ...
+    @property
+    def default_chg_spin(self) -> tuple[float, float] | None: ...
     @property
     def rcut(self) -> float: ...
     @property
@@ -51,7 +57,7 @@ class InParts(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-#: descriptor `type` of a configuration -> class
+#: kind of descriptor -> class
 _DESCRIPTORS: dict[str, Any] = {**SINGLE, "hybrid": Hybrid}
 
 
@@ -90,8 +96,9 @@ class EnergyModel:
         UnsupportedModelError
             If the head uses a feature that is not supported.
         """
+        config = _without_nulls(config)
         described = required(config, "descriptor", "the head")
-        kind = described.get("type", "se_e2_a")
+        kind = kind_of(described)
         if kind not in _DESCRIPTORS:
             raise UnsupportedModelError(
                 f"descriptor {kind!r} is not supported; supported are {', '.join(sorted(_DESCRIPTORS))}"
@@ -102,7 +109,7 @@ class EnergyModel:
             type_map=type_map,
             pair_exclude=tuple((a, b) for a, b in config.get("pair_exclude_types") or ()),
             pt=dialect == "pt",
-            graph=dialect == "pt_expt" and not graph_lower_disabled and kind in _GRAPH_NATIVE,
+            graph=dialect == "pt_expt" and not graph_lower_disabled and KINDS[kind].graph_native,
         )
         fitting = EnergyFitting.from_config(
             required(config, "fitting_net", "the head"),
@@ -146,14 +153,19 @@ class EnergyModel:
         weights
             canonical name -> tensor, as `parameters` lists them.
         """
-        shared = {
-            "energy.out_bias": weights["out_bias"][0, :, 0] * self._kept(self.atom_exclude_types, weights),
-            "energy.kept": self._kept((*self.atom_exclude_types, *self.fitting_exclude_types), weights),
-        }
+        excluded = (*self.atom_exclude_types, *self.fitting_exclude_types)
+        shared = {"energy.kept": self._kept(excluded, weights)}
         return [
             shared | group | self.fitting.group(weights, index)
             for index, group in enumerate(self.descriptor.prepare(weights))
         ]
+
+    def bias(self, weights: Weights) -> Tensor:
+        """Energy of every type that is added to what the graph returns, shape (n_types,), eV, float64.
+
+        Outside of the graph, since next to it a wrong interaction energy could pass for rounding.
+        """
+        return weights["out_bias"][0, :, 0] * self._kept(self.atom_exclude_types, weights)
 
     def _kept(self, excluded: Sequence[int], weights: Weights) -> Tensor:
         kept = torch.ones(len(self.type_map), dtype=torch.float64, device=weights["out_bias"].device)
@@ -183,7 +195,7 @@ class EnergyModel:
     def atom_energies(
         self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
     ) -> Tensor:
-        """Atomic energies of the centres of one layout, shape (n_centers,), eV, float64.
+        """Atomic energies without `bias` of the centres of one layout, shape (n_centers,), eV, float64.
 
         Parameters
         ----------
@@ -208,14 +220,14 @@ class EnergyModel:
     def fitted(
         self, features: Tensor, types: Tensor, fparam: Tensor, aparam: Tensor, weights: Weights
     ) -> Tensor:
-        """Atomic energies from the descriptor (n, width) of each atom, shape (n,), eV, float64."""
+        """Atomic energies without `bias` from the descriptor (n, width) of each atom, (n,), eV, float64."""
         energies = self.fitting(features, types, fparam, aparam, weights).to(torch.float64)
-        return energies * weights["energy.kept"][types] + weights["energy.out_bias"][types]
+        return energies * weights["energy.kept"][types]
 
     def energies_and_gradients(
         self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
     ) -> tuple[Tensor, ...]:
-        """Atomic energies, and dE/d(displacement) for every displacement array, eV/Å.
+        """Atomic energies without `bias`, and dE/d(displacement) for every displacement array, eV/Å.
 
         Plain functions of tensors all the way down, so that it can be traced; differentiable by weights that
         require a gradient.
@@ -261,6 +273,15 @@ class EnergyModel:
         return self._staged.in_parts(displacements, tensors, weights, call)
 
 
+def _without_nulls(config: Any) -> Any:
+    """Leave out keys without a value, for which the format has its defaults."""
+    if isinstance(config, Mapping):
+        return {key: _without_nulls(value) for key, value in config.items() if value is not None}
+    if isinstance(config, list) and any(isinstance(entry, Mapping) for entry in config):
+        return [_without_nulls(entry) for entry in config]
+    return config
+
+
 def _differentiated(
     energies_of: Callable[[tuple[Tensor, ...]], Tensor],
     displacements: tuple[Tensor, ...],
@@ -277,10 +298,6 @@ def _differentiated(
         energies = energies_of(varied)
         gradients = torch.autograd.grad(energies.sum(), varied, create_graph=further, materialize_grads=True)
     return (energies if further else energies.detach(), *gradients)
-
-
-#: descriptors that pt_expt evaluates on all neighbours instead of a truncated list
-_GRAPH_NATIVE = ("se_atten", "dpa1", "se_atten_v2", "dpa2")
 
 
 def edge_gradients(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..inputs import ParameterSpec
+from .activations import known_activation
 from .layers import Network, Weights, precision
 
 _NAME = "fitting_net"
@@ -56,7 +57,7 @@ class EnergyFitting:
             n_types=n_types,
             descriptor_width=descriptor_width,
             neuron=tuple(config.get("neuron", (128, 128, 128) if pt else (120, 120, 120))),
-            activation=str(config.get("activation_function", "tanh")),
+            activation=known_activation(config.get("activation_function", "tanh")),
             resnet_dt=bool(config.get("resnet_dt", True)),
             dtype=precision(config.get("precision", "default")),
             numb_fparam=int(config.get("numb_fparam", 0)),

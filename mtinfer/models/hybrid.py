@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..descriptor_kinds import kind_of
 from ..errors import UnsupportedModelError
 from ..inputs import GraphInputs, ParameterSpec
 from .dpa1 import DPA1
@@ -21,12 +22,10 @@ from .se_e2_a import SeE2A
 
 #: what the names of all members' weights begin with in a file
 MEMBERS = "descriptor.descrpt_list."
-#: descriptor `type` of a configuration -> class, for all that stand on their own
+#: kind of descriptor -> class, for all that stand on their own
 SINGLE: dict[str, Any] = {
     "se_e2_a": SeE2A,
-    "se_a": SeE2A,
     "se_atten": DPA1,
-    "dpa1": DPA1,
     "se_atten_v2": DPA1,
     "dpa2": DPA2,
     "dpa3": DPA3,
@@ -64,6 +63,12 @@ class Hybrid:
         )
         if not members:
             raise UnsupportedModelError("a hybrid descriptor without members is not supported")
+        defaults = {member.default_chg_spin for member in members if member.reads_charge_spin}
+        if len(defaults) > 1:
+            raise UnsupportedModelError(
+                f"members of a hybrid with different default_chg_spin ({', '.join(map(str, defaults))}) "
+                "are not supported"
+            )
         sel = _slots(members)
         selection = Selection(
             len(type_map),
@@ -78,6 +83,17 @@ class Hybrid:
     def mixed_types(self) -> bool:
         """Whether one fitting net serves all types: as soon as one member has mixed types."""
         return any(member.mixed_types for member in self.members)
+
+    @property
+    def reads_charge_spin(self) -> bool:
+        """Whether total charge and spin enter."""
+        return any(member.reads_charge_spin for member in self.members)
+
+    @property
+    def default_chg_spin(self) -> tuple[float, float] | None:
+        """Total charge and spin of structures that give none."""
+        defaults = (m.default_chg_spin for m in self.members if m.reads_charge_spin)
+        return next(defaults, None)
 
     @property
     def rcut(self) -> float:
@@ -178,7 +194,7 @@ class Hybrid:
 
 
 def _class(config: Mapping[str, Any]) -> Any:
-    kind = config.get("type", "se_e2_a")
+    kind = kind_of(config)
     if kind not in SINGLE:
         raise UnsupportedModelError(
             f"member {kind!r} of a hybrid descriptor is not supported; "

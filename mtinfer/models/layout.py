@@ -279,7 +279,7 @@ def row_chunks(counts: Tensor, *, split: bool = True, limit: int | None = None) 
     split
         False puts all rows, even none, into one call.
     limit
-        filled slots of a call on a CPU; default: `SLOTS_PER_CALL`.
+        filled slots of a call on a CPU, on an accelerator in proportion; default: `SLOTS_PER_CALL`.
 
     Returns
     -------
@@ -290,7 +290,9 @@ def row_chunks(counts: Tensor, *, split: bool = True, limit: int | None = None) 
     if not counts.shape[0]:
         return []
     on_cpu = counts.device.type == "cpu"
-    limit = (limit or SLOTS_PER_CALL) if on_cpu else SLOTS_PER_CALL_ACCELERATOR
+    limit = limit or SLOTS_PER_CALL
+    if not on_cpu:
+        limit = SLOTS_PER_CALL_ACCELERATOR * limit // SLOTS_PER_CALL
     order = torch.argsort(counts, stable=True)
     ordered = torch.clamp(counts[order], min=1)
     chunks: list[Tensor] = []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import GraphInputs, ParameterSpec
+from .activations import known_activation
 from .environment import Environment, add_to_first_row, invariants, statistics, statistics_parameters
 from .layers import Network, Sloped, Weights, precision, radial_moment, required
 from .layout import Argument, Layout, Pairs, Selection, VectorsOnSlots, padded_rows, row_chunks
@@ -40,6 +41,8 @@ class SeE2A:
     selection: Selection = field(repr=False)
 
     mixed_types = False
+    reads_charge_spin = False
+    default_chg_spin = None
 
     @classmethod
     def from_config(
@@ -65,7 +68,7 @@ class SeE2A:
             ),
             neuron=tuple(config.get("neuron", (25, 50, 100) if pt else (24, 48, 96))),
             axis_neuron=int(config.get("axis_neuron", config.get("n_axis_neuron", 16 if pt else 8))),
-            activation=str(config.get("activation_function", "tanh")),
+            activation=known_activation(config.get("activation_function", "tanh")),
             resnet_dt=bool(config.get("resnet_dt", False)),
             one_sided=bool(config.get("type_one_side", True)),
             dtype=precision(config.get("precision", "default")),

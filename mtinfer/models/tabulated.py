@@ -153,6 +153,9 @@ class _Tabulated(Generic[_Exact]):
     #: types that the series cover
     types: tuple[int, ...] = field(repr=False)
 
+    reads_charge_spin: ClassVar[bool] = False
+    default_chg_spin: ClassVar[None] = None
+
     @property
     def selection(self) -> Selection:
         return self.exact.selection

@@ -8,15 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data import Frame
-from ..errors import DataError, nearest
+from ..errors import DataError, StructureError, nearest
 from ..inputs import GraphInputs
 from ..models import EnergyModel
 from ..models.gather import Index
 from ..models.layout import Argument, Layout, on_slots, with_empty
 from ..neighbors import Candidates, find_candidates, graph_inputs
+from ..parameters import aparam_of, charge_spin_of, fparam_of
 
 __all__ = ["Batch", "Labels", "arguments", "make_batch"]
 
@@ -85,7 +87,7 @@ def arguments(model: EnergyModel) -> list[Argument]:
         declared += [*own, Argument((f"atoms in call {call}",), index), *blocks, *blocks]
     for entries, rows in (("ends", "all atoms"), ("all slots", "frames"), ("all rows", "frames")):
         declared += [Argument((entries,), index), Argument((rows,), index)]
-    return [*declared, Argument(("all atoms",), index)]
+    return [*declared, Argument(("all atoms",), index), Argument(("all atoms",), index)]
 
 
 def _renamed(argument: Argument, call: int) -> Argument:
@@ -141,18 +143,16 @@ def frame_inputs(
 ) -> GraphInputs:
     """All pairs of some frames within the cutoff of a model; see `make_batch`."""
     atoms = [frame.atoms for frame in frames]
-    fitting = model.fitting
+    parameters = [_parameters(frame, model, default_fparam) for frame in frames]
+    fparam, aparam, charge_spin = zip(*parameters, strict=True)
     return graph_inputs(
         atoms,
         [_candidates(frame, model.rcut) for frame in frames],
         [type_indices(frame, model.type_map) for frame in frames],
         model.rcut,
-        fparam=torch.tensor(np.stack([_fparam(f, fitting.numb_fparam, default_fparam) for f in frames])),
-        aparam=torch.tensor(np.concatenate([_aparam(frame, fitting.numb_aparam) for frame in frames])),
-        charge_spin=torch.tensor(
-            [_charge_spin(frame, getattr(model.descriptor, "default_chg_spin", None)) for frame in frames],
-            dtype=torch.float64,
-        ),
+        fparam=torch.from_numpy(np.stack(fparam)),
+        aparam=torch.from_numpy(np.concatenate(aparam)),
+        charge_spin=torch.from_numpy(np.stack(charge_spin)),
     )
 
 
@@ -173,27 +173,15 @@ def type_indices(frame: Frame, type_map: Sequence[str]) -> np.ndarray[tuple[int]
     return np.array([index[name] for name in names], dtype=np.int64)
 
 
-def _fparam(frame: Frame, size: int, default: Tensor | None) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    if not size:
-        return np.zeros(0)
-    value = frame.atoms.info.get("fparam", None if default is None else default.tolist())
-    if value is None or np.size(value) != size:
-        raise DataError(f"{frame.name}: fparam is {value}; the model needs {size} numbers per frame")
-    return np.asarray(value, dtype=np.float64).reshape(size)
-
-
-def _aparam(frame: Frame, size: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    shape = (len(frame.atoms), size)
-    value = frame.atoms.arrays.get("aparam") if size else np.zeros(shape)
-    if value is None or np.size(value) != shape[0] * size:
-        raise DataError(f"{frame.name}: aparam is missing or of another shape; the model needs {shape}")
-    return np.asarray(value, dtype=np.float64).reshape(shape)
-
-
-def _charge_spin(frame: Frame, default: tuple[float, float] | None) -> tuple[float, float]:
-    charge, spin = default or (0.0, 0.0)
-    info = frame.atoms.info
-    return float(info.get("charge", charge)), float(info.get("spin", spin))
+def _parameters(
+    frame: Frame, model: EnergyModel, default_fparam: Tensor | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Frame parameters, atomic parameters, and charge and spin of a frame."""
+    atoms = frame.atoms
+    try:
+        return fparam_of(atoms, model, default_fparam), aparam_of(atoms, model), charge_spin_of(atoms, model)
+    except StructureError as err:
+        raise DataError(f"{frame.name}: {err}") from err
 
 
 def _structure(layouts: Sequence[Layout], inputs: GraphInputs) -> tuple[Tensor, ...]:
@@ -216,4 +204,4 @@ def _structure(layouts: Sequence[Layout], inputs: GraphInputs) -> tuple[Tensor, 
         (inputs.frames[torch.cat(atoms)], inputs.n_frames),
     ):
         arrays += Index.of(rows, n)[1:]
-    return (*arrays, inputs.frames)
+    return (*arrays, inputs.frames, inputs.types)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checkpoint.sharing import is_trainable
 from ..graph import CompileMode, SharedGraph
 from ..models import EnergyModel
-from ..models.gather import Index, segment_sum
+from ..models.gather import Index, lookup, segment_sum
 from ..models.layers import Weights
 from ..models.layout import Argument
 from .batch import Batch, Labels, arguments, n_calls
@@ -137,7 +137,7 @@ def predict(
     """
     groups = model.prepare(weights)
     displaced, tensors = (len(declared) for declared in model.arguments())
-    *calls, ends, ends_starts, slots, slots_starts, rows, rows_starts, frames = structure
+    *calls, ends, ends_starts, slots, slots_starts, rows, rows_starts, frames, types = structure
     energies, gradients, vectors, atoms, centers, neighbors = [], [], [], [], [], []
     size = len(calls) // n_calls(model)
     for group, own in zip(groups, (calls[k : k + size] for k in range(0, len(calls), size)), strict=True):
@@ -154,8 +154,10 @@ def predict(
     g, of_slots = torch.cat(gradients), torch.cat(centers)
     both = Index(torch.cat([of_slots, *neighbors]), ends, ends_starts)
     by_slot = Index(frames.index_select(0, of_slots), slots, slots_starts)
-    by_row = Index(frames.index_select(0, torch.cat(atoms)), rows, rows_starts)
+    of_rows = torch.cat(atoms)
+    by_row = Index(frames.index_select(0, of_rows), rows, rows_starts)
+    energy = torch.cat(energies) + lookup(model.bias(weights).unsqueeze(1), types.index_select(0, of_rows))
     # F_k = Σ_(k,j) g - Σ_(i,k) g and W = -Σ g ⊗ d, with g = dE/dd and d = r_j - r_i
     forces = segment_sum(torch.cat([g, -g]), both)
     outer = (g.unsqueeze(2) * torch.cat(vectors).unsqueeze(1)).reshape(-1, 9)
-    return segment_sum(torch.cat(energies), by_row).squeeze(1), forces, -segment_sum(outer, by_slot)
+    return segment_sum(energy, by_row).squeeze(1), forces, -segment_sum(outer, by_slot)

@@ -236,7 +236,7 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(f"mtinfer.checkpoint.archive.{step}", full)
-    with pytest.raises(OutputError, match=r"model.safetensors' can't be written: .*No space left"):
+    with pytest.raises(OutputError, match=r"model.safetensors: can't be written: .*No space left"):
         archive.write(read(SEPARATE), target, force=True)
     assert os.listdir(tmp_path) == ["model.safetensors"]
     assert target.read_text() == "precious"

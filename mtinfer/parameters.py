@@ -1,0 +1,102 @@
+"""What a model reads of a structure beside its atoms: frame and atomic parameters, charge and spin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ase
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .errors import StructureError
+from .models import EnergyModel
+
+__all__ = ["aparam_of", "charge_spin_of", "fparam_of"]
+
+
+def fparam_of(
+    atoms: ase.Atoms, model: EnergyModel, default: ArrayLike | None, given: ArrayLike | None = None
+) -> NDArray[np.float64]:
+    """Frame parameters, shape (numb_fparam,): those given, else ``atoms.info["fparam"]``, else the default.
+
+    Raises
+    ------
+    StructureError
+        If there are none and the model needs some, or of another shape; if some were given to a model that
+        takes none.
+    """
+    size = model.fitting.numb_fparam
+    if not size:
+        return _none("fparam", given, (0,))
+    value = given if given is not None else atoms.info.get("fparam", default)
+    if value is None:
+        raise StructureError(
+            f"the model needs {size} frame parameters and has no default; "
+            'set atoms.info["fparam"], or pass fparam='
+        )
+    return _shaped("fparam", value, (size,))
+
+
+def aparam_of(atoms: ase.Atoms, model: EnergyModel, given: ArrayLike | None = None) -> NDArray[np.float64]:
+    """Atomic parameters, shape (n_atoms, numb_aparam): those given, else ``atoms.arrays["aparam"]``.
+
+    Raises
+    ------
+    StructureError
+        As `fparam_of` does.
+    """
+    shape = (len(atoms), model.fitting.numb_aparam)
+    if not shape[1]:
+        return _none("aparam", given, shape)
+    value = given if given is not None else atoms.arrays.get("aparam")
+    if value is None:
+        raise StructureError(
+            f"the model needs {shape[1]} parameters of every atom; "
+            'set atoms.arrays["aparam"], or pass aparam='
+        )
+    return _shaped("aparam", value, shape)
+
+
+def charge_spin_of(
+    atoms: ase.Atoms, model: EnergyModel, given: ArrayLike | None = None
+) -> NDArray[np.float64]:
+    """Total charge and spin, shape (2,): those given, else those of ``atoms.info``, else the model's default.
+
+    Zeros where the model does not read them.
+
+    Raises
+    ------
+    StructureError
+        If they are no numbers, or missing and the model has no default; if they were given to a model that
+        does not read them.
+    """
+    if not model.descriptor.reads_charge_spin:
+        return _none("charge_spin", given, (2,))
+    if given is not None:
+        return _shaped("charge_spin", given, (2,))
+    charge, spin = model.descriptor.default_chg_spin or (None, None)
+    found = [atoms.info.get("charge", charge), atoms.info.get("spin", spin)]
+    if any(value is None for value in found):
+        raise StructureError(
+            "the model needs the total charge and spin and has no default; "
+            'set atoms.info["charge"] and atoms.info["spin"], or pass charge_spin='
+        )
+    return _shaped("charge_spin", found, (2,))
+
+
+def _none(name: str, given: ArrayLike | None, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    if given is not None:
+        raise StructureError(f"{name}= was given, but the model takes none; leave it out")
+    return np.zeros(shape)
+
+
+def _shaped(name: str, value: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise StructureError(f"{name} is {value!r}; the model needs numbers, shape {shape}") from None
+    if array.size != int(np.prod(shape)):
+        raise StructureError(f"{name} has shape {array.shape}; the model needs {shape}")
+    if not np.isfinite(array).all():
+        raise StructureError(f"{name} is {value!r}; it must be finite numbers")
+    return array.reshape(shape)

@@ -1,0 +1,151 @@
+"""`convert --to pt|pt_expt`: what a configuration leaves out, or spells in another way, changes no number."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import ase
+import numpy as np
+import pytest
+import torch
+
+import mtinfer
+from mtinfer.checkpoint.load import read
+from mtinfer.checkpoint.writer import convert
+from mtinfer.descriptor_kinds import DESCRIPTOR_TYPES, KINDS, kind_of
+from mtinfer.models.energy import _DESCRIPTORS
+from mtinfer.testing import write_random_checkpoint
+
+Config = dict[str, Any]
+OTHER = {"pt": "pt_expt", "pt_expt": "pt"}
+TYPE_MAP = ["H", "O", "Cu"]
+
+# Widths are left out wherever they have a default. The lists are too short for `atoms`, so that it matters
+# which neighbours are in them.
+CUTOFF: Config = {"rcut": 4.0, "rcut_smth": 1.0}
+SE_A: Config = {"type": "se_a", **CUTOFF, "sel": [9, 6, 10]}
+DPA1: Config = {"type": "dpa1", **CUTOFF, "sel": 14, "attn": 5, "attn_layer": 1}
+DPA2: Config = {
+    "type": "dpa2",
+    "repinit": {**CUTOFF, "nsel": 16, "neuron": [2, 4], "axis_neuron": 3, "tebd_dim": 4},
+    "repformer": {
+        **{"rcut": 3.0, "rcut_smth": 1.5, "nsel": 8, "nlayers": 2},
+        **{"g1_dim": 8, "g2_dim": 5, "axis_neuron": 2},
+        **{"attn1_hidden": 3, "attn1_nhead": 2, "attn2_hidden": 4, "attn2_nhead": 3},
+    },
+}
+THREE_BODY: Config = {"use_three_body": True, "three_body_sel": 10}
+DPA3: Config = {
+    "type": "dpa3",
+    "repflow": {
+        **{"n_dim": 8, "e_dim": 6, "a_dim": 4, "nlayers": 2, "axis_neuron": 2},
+        **{"e_rcut": 4.0, "e_rcut_smth": 2.5, "e_sel": 16, "a_rcut": 3.0, "a_rcut_smth": 2.0, "a_sel": 8},
+    },
+}
+
+
+def hybrid(*members: Config) -> Config:
+    return {"type": "hybrid", "list": [*members]}
+
+
+DESCRIPTORS: dict[str, Config] = {
+    "untyped": {key: value for key, value in SE_A.items() if key != "type"},
+    "se_a": SE_A,
+    "n_axis_neuron": SE_A | {"n_axis_neuron": 4},
+    "dpa1": DPA1,
+    "v2": DPA1 | {"type": "se_atten_v2"},
+    "dpa2": DPA2,
+    "dpa2-three-body": DPA2 | {"repinit": DPA2["repinit"] | THREE_BODY},
+    "dpa3": DPA3,
+    "dpa3-no-angles": DPA3 | {"repflow": DPA3["repflow"] | {"update_angle": False}},
+    "hybrid-se_a": hybrid(SE_A | {"sel": [4, 4, 4]}, SE_A | {"rcut": 3.0, "sel": [3, 5, 3]}),
+    "hybrid-dpa1": hybrid(SE_A, DPA1),
+    "hybrid-all": hybrid(DPA2, DPA3, DPA1 | {"type": "se_atten_v2"}, SE_A),
+}
+#: the neighbour list changes when a file of this dialect is converted
+CHANGED = [("v2", "pt"), ("v2", "pt_expt"), ("dpa1", "pt_expt"), ("dpa2", "pt_expt")]
+#: the shorter lists change with them where pairs are excluded, in either direction
+CUT_AFTER_EXCLUSION = ("dpa2", "dpa2-three-body", "dpa3", "hybrid-dpa1", "hybrid-all")
+
+
+def converted(
+    folder: Path, descriptor: Config, source: str, **head: Any
+) -> tuple[tuple[Path, Path], list[str]]:
+    """Checkpoint with random weights, what it is converted to, and the notes of the conversion."""
+    before, after = folder / "before.pt", folder / "after.pt"
+    config = {"type_map": TYPE_MAP, "descriptor": descriptor, "fitting_net": {}, **head}
+    write_random_checkpoint(before, config, dialect=source)
+    _, notes = convert(read(before), after, OTHER[source], force=True)
+    return (before, after), notes
+
+
+def difference(paths: tuple[Path, Path]) -> float:
+    """Largest one between what two files predict, eV or eV/Å."""
+    corners = np.array(list(itertools.product(range(3), repeat=3)))[:12] / 3
+    positions = 5.6 * corners + np.random.default_rng(3).uniform(-0.3, 0.3, (12, 3))
+    atoms = ase.Atoms([TYPE_MAP[i % 3] for i in range(12)], positions, cell=[5.6] * 3, pbc=True)
+    one, other = (mtinfer.load(path, compile="off").evaluate(atoms, "water") for path in paths)
+    fields = ("energy", "forces", "virial")
+    return max(float(np.abs(getattr(one, name) - getattr(other, name)).max()) for name in fields)
+
+
+def stored(path: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(path, weights_only=True)["model"]
+    return {key: value for key, value in content.items() if key != "_extra_state"}
+
+
+@pytest.mark.filterwarnings("ignore::mtinfer.potential.PredictionWarning")
+@pytest.mark.parametrize("excluded", [[], [[0, 1]]], ids=["all-pairs", "excluded-pairs"])
+@pytest.mark.parametrize("source", OTHER)
+@pytest.mark.parametrize("name", DESCRIPTORS)
+def test_numbers_stay_or_their_change_is_told(
+    tmp_path: Path, name: str, source: str, excluded: list[list[int]]
+) -> None:
+    paths, notes = converted(tmp_path, DESCRIPTORS[name], source, pair_exclude_types=excluded)
+    if (name, source) in CHANGED:
+        expected = ["pt_expt does neither"]
+    else:
+        expected = ["excluded pairs"] if excluded and name in CUT_AFTER_EXCLUSION else []
+    assert [text in note for text, note in zip(expected, notes, strict=True)] == [True] * len(expected)
+    assert difference(paths) > 1e-7 if expected else difference(paths) < 1e-12
+
+
+@pytest.mark.parametrize("source", OTHER)
+@pytest.mark.parametrize(
+    "aliased", [SE_A, DPA1, hybrid(SE_A, SE_A | {"sel": [3, 5, 12]}), hybrid(SE_A, DPA1)]
+)
+def test_an_alias_is_written_as_its_kind(tmp_path: Path, aliased: Config, source: str) -> None:
+    plain = {**aliased, "type": kind_of(aliased)}
+    if "list" in aliased:
+        plain["list"] = [{**member, "type": kind_of(member)} for member in aliased["list"]]
+    files = []
+    for name, descriptor in (("aliased", aliased), ("plain", plain)):
+        (tmp_path / name).mkdir()
+        files.append([stored(path) for path in converted(tmp_path / name, descriptor, source)[0]])
+    for one, other in zip(*files, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+@pytest.mark.parametrize(("name", "flags"), [("dpa1", 1), ("dpa2", 1), ("v2", 0), ("dpa3", 0), ("se_a", 0)])
+def test_the_neighbour_list_of_pt_is_kept_where_a_file_can_say_so(
+    tmp_path: Path, name: str, flags: int
+) -> None:
+    (_, after), _ = converted(tmp_path, DESCRIPTORS[name], "pt")
+    values = [bool(tensor) for key, tensor in stored(after).items() if key.endswith(".graph_lower_disabled")]
+    assert values == [True] * flags
+
+
+def test_members_of_a_hybrid_read_their_slots(tmp_path: Path) -> None:
+    members = (SE_A | {"sel": [1, 3, 2]}, SE_A | {"sel": [2, 1, 2]})
+    (_, after), _ = converted(tmp_path, hybrid(*members), "pt")
+    key = "model.water.atomic_model.descriptor.nlist_cut_idx"
+    # common list: two slots of H, three of O, two of Cu
+    assert stored(after)[f"{key}.0"].tolist() == [0, 2, 3, 4, 5, 6]
+    assert stored(after)[f"{key}.1"].tolist() == [0, 1, 2, 5, 6]
+
+
+def test_every_kind_has_a_model() -> None:
+    assert KINDS.keys() == _DESCRIPTORS.keys() == set(DESCRIPTOR_TYPES.values())

@@ -1,0 +1,112 @@
+"""Frame and atomic parameters, charge and spin of a structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ase
+import numpy as np
+import pytest
+from ase.build import molecule
+from reference_files import DATA, STRIP
+
+import mtinfer
+from mtinfer import Potential
+from mtinfer.errors import StructureError, UnsupportedModelError
+from mtinfer.testing import write_random_checkpoint
+
+#: reads fparam (2 numbers, with a default) and aparam (1 number)
+READER = DATA / "reference/variants/checkpoints/dpa1n-pt.pt"
+
+_REPFLOW = {"n_dim": 8, "e_dim": 6, "a_dim": 4, "nlayers": 1, "e_rcut": 4.0, "e_rcut_smth": 3.0, "e_sel": 20}
+DPA3 = {"type": "dpa3", "repflow": {**_REPFLOW, "a_rcut": 3.0, "a_rcut_smth": 2.0, "a_sel": 10}}
+FITTING = {"type": "ener", "neuron": [8]}
+
+
+def structure(n_aparam: int = 0) -> ase.Atoms:
+    atoms = molecule("H2O")
+    if n_aparam:
+        atoms.arrays["aparam"] = np.linspace(0.1, 0.3, 3 * n_aparam).reshape(3, n_aparam)
+    return atoms
+
+
+@pytest.mark.parametrize(
+    ("info", "given", "reason"),
+    [
+        ({"fparam": [0.1]}, {}, r"head '\w+': fparam has shape \(1,\); the model needs \(2,\)"),
+        ({"fparam": ["a", "b"]}, {}, r"fparam is \['a', 'b'\]; the model needs numbers, shape \(2,\)"),
+        ({"fparam": [0.1, np.nan]}, {}, r"fparam is \[0\.1, nan\]; it must be finite numbers"),
+        ({}, {"aparam": [0.1]}, r"aparam has shape \(1,\); the model needs \(3, 1\)"),
+        ({}, {"charge_spin": [1.0, 0.0]}, r"charge_spin= was given, but the model takes none; leave it out"),
+    ],
+)
+def test_wrong_parameters(
+    eager: Callable[..., Potential], info: dict[str, Any], given: dict[str, Any], reason: str
+) -> None:
+    potential = eager(READER)
+    n_aparam = potential.head(potential.heads[0]).model.fitting.numb_aparam
+    atoms = structure(n_aparam)
+    atoms.info.update(info)
+    with pytest.raises(StructureError, match=reason):
+        potential.evaluate(atoms, potential.heads[0], **given)
+
+
+def test_missing_atomic_parameters(eager: Callable[..., Potential]) -> None:
+    potential = eager(READER)
+    with pytest.raises(StructureError, match=r'set atoms\.arrays\["aparam"\], or pass aparam='):
+        potential.evaluate(structure(), potential.heads[0])
+
+
+def test_parameters_that_the_model_does_not_take(eager: Callable[..., Potential]) -> None:
+    potential = eager(STRIP)
+    for name in ("fparam", "aparam", "charge_spin"):
+        with pytest.raises(StructureError, match=f"{name}= was given, but the model takes none"):
+            potential.evaluate(structure(), "water", **{name: [0.1, 0.2]})
+    expected = potential.evaluate(structure(), "water").energy
+    labelled = structure(1)  # as in a file of which another model reads the columns
+    labelled.info.update(fparam=[0.1], charge="neutral", spin=[0, 0, 0])
+    assert potential.evaluate(labelled, "water").energy == expected
+
+
+def test_atomic_parameters_of_several_structures(eager: Callable[..., Potential]) -> None:
+    potential = eager(READER)
+    with pytest.raises(StructureError, match="is for a single structure"):
+        potential.evaluate([structure(), structure()], potential.heads[0], aparam=[[0.1]] * 3)  # type: ignore[call-overload]
+
+
+def hybrid(*defaults: list[float]) -> dict[str, Any]:
+    members = [{**DPA3, "add_chg_spin_ebd": True, "default_chg_spin": default} for default in defaults]
+    attention = {
+        "type": "se_atten",
+        "rcut": 4.0,
+        "rcut_smth": 1.0,
+        "sel": 20,
+        "neuron": [4, 8],
+        "attn_layer": 0,
+    }
+    descriptor = {"type": "hybrid", "list": [attention, *members]}
+    return {"type_map": ["O", "H"], "descriptor": descriptor, "fitting_net": FITTING}
+
+
+def test_default_charge_and_spin_of_a_hybrid(tmp_path: Path) -> None:
+    from mtinfer.train.verify import verify
+
+    path = tmp_path / "hybrid.pt"
+    write_random_checkpoint(path, hybrid([2.0, 3.0]), dialect="pt_expt")
+    potential = mtinfer.load(path, compile=False)
+    as_default = potential.evaluate(structure())
+    explicit = potential.evaluate(structure(), charge_spin=[2, 3])
+    neutral = potential.evaluate(structure(), charge_spin=[0, 0])
+    assert as_default.energy == explicit.energy
+    assert abs(as_default.energy - neutral.energy) > 1e-6
+    training = list(verify(path, compiled=False))
+    assert training
+    assert all(found.accepted for found in training)
+
+
+def test_members_with_different_defaults_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "hybrid.pt"
+    with pytest.raises(UnsupportedModelError, match="different default_chg_spin"):
+        write_random_checkpoint(path, hybrid([2.0, 3.0], [0.0, 1.0]))
