@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -14,9 +15,11 @@ from ase.calculators.calculator import (
     PropertyNotImplementedError,
     all_changes,
 )
+from ase.data import chemical_symbols
 
-from .errors import MtinferError
+from .errors import MtinferError, nearest
 from .graph import CompileMode
+from .heads import HeadState
 from .neighbors import VerletList
 from .potential import Potential, load
 
@@ -29,6 +32,13 @@ _FOREIGN_KEYWORDS = {
     "auto_batch_size": "frames are batched by mtinfer.load(...).evaluate(list_of_atoms)",
     "no_jit": "say compile=False to evaluate eagerly",
 }
+
+
+_KEYWORDS_OF_ASE = {"restart", "directory", "atoms"}
+_KEYWORDS = (
+    *("model", "head", "device", "dtype", "compile", "tabulate", "skin", "type_dict"),
+    *sorted(_KEYWORDS_OF_ASE),
+)
 
 
 class MTCalculator(Calculator):
@@ -46,11 +56,13 @@ class MTCalculator(Calculator):
         Å by which the neighbour search exceeds the cutoff; a new search is made only when atoms may have
         crossed it. 0 searches at every step.
     type_dict
-        accepted for scripts written for deepmd-kit's `DP`: symbol -> index; must agree with the type map.
+        as in deepmd-kit's `DP`: symbol -> index into the type map, where that does not hold the symbols of
+        the structures.
 
     Notes
     -----
-    Results: energy, free_energy, energies, forces, stress (periodic in three directions; eV/Å^3, Voigt), and
+    Results: energy, free_energy, energies, forces, stress (where the cell has a volume and some axis is
+    periodic; eV/Å^3, Voigt), and
     ``results["virial"]`` (3, 3), eV. Parameters of a structure are read from ``atoms.info["fparam"]``,
     ``atoms.arrays["aparam"]``, ``atoms.info["charge"]`` and ``atoms.info["spin"]``. Copies share the
     potential; pickles, as for a pool of processes, hold the path of the file, which is loaded again.
@@ -71,24 +83,27 @@ class MTCalculator(Calculator):
         type_dict: Mapping[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        for keyword in kwargs.keys() & _FOREIGN_KEYWORDS.keys():
-            raise TypeError(f"MTCalculator does not take {keyword}=: {_FOREIGN_KEYWORDS[keyword]}")
+        for keyword in kwargs.keys() - _KEYWORDS_OF_ASE:
+            reason = _FOREIGN_KEYWORDS.get(keyword, f"it is unknown{nearest(keyword, _KEYWORDS)}")
+            raise TypeError(f"MTCalculator does not take {keyword}=: {reason}")
         if skin < 0:
             raise ValueError(f"skin={skin} is negative; give 0 or more, in Å")
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         if isinstance(model, Potential):
-            if device is not None or dtype is not None or tabulate:
+            if device is not None or dtype is not None or tabulate or compile is not True:
                 raise TypeError(
-                    "device=, dtype= and tabulate= belong to mtinfer.load; the model given is loaded already"
+                    "device=, dtype=, compile= and tabulate= belong to mtinfer.load; the model given is "
+                    "loaded already"
                 )
             self.potential = model
         else:
             self.potential = load(model, device=device, dtype=dtype, compile=compile, tabulate=tabulate)
         self._state = self.potential.head(head)
         self._lists: dict[float, VerletList] = {}
-        self.skin = skin
-        if type_dict is not None:
-            self._check_type_dict(type_dict)
+        self._evaluated: dict[str, Any] = {}
+        self._skin = skin
+        self._type_dict = None if type_dict is None else dict(type_dict)
+        self._check_type_dict(self._state)
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -102,7 +117,9 @@ class MTCalculator(Calculator):
 
     @head.setter
     def head(self, name: str) -> None:
-        self._state = self.potential.head(name)
+        state = self.potential.head(name)
+        self._check_type_dict(state)
+        self._state = state
         self.reset()  # type: ignore[no-untyped-call]
 
     def calculate(
@@ -117,9 +134,11 @@ class MTCalculator(Calculator):
             raise CalculatorSetupError("no structure was given; set atoms.calc, or pass atoms")
         structure, state = self.atoms, self._state
         rcut = state.model.rcut
-        neighbors = self._lists.setdefault(rcut, VerletList(rcut, self.skin))
-        inputs = self.potential.inputs([structure], [neighbors.candidates(structure)], state)
+        neighbors = self._lists.setdefault(rcut, VerletList(rcut, self._skin))
+        found = [neighbors.candidates(structure)]
+        inputs = self.potential.inputs([structure], found, state, type_dict=self._type_dict)
         prediction = self.potential.predict(inputs, state)[0]
+        self._evaluated = _parameters(structure)  # a copy: arrays in `info` may be changed in place
         self.results = {
             "energy": prediction.energy,
             "free_energy": prediction.energy,
@@ -138,7 +157,7 @@ class MTCalculator(Calculator):
     def check_state(self, atoms: ase.Atoms, tol: float = 1e-15) -> list[str]:
         """Changes since the last calculation, those of the parameters of a structure included."""
         changes: list[str] = super().check_state(atoms, tol)  # type: ignore[no-untyped-call]
-        if self.atoms is not None and not changes and _parameters(self.atoms) != _parameters(atoms):
+        if self.atoms is not None and not changes and self._evaluated != _parameters(atoms):
             changes.append("info")
         return changes
 
@@ -150,21 +169,38 @@ class MTCalculator(Calculator):
         self.__dict__.update(state)
         self._state = self.potential.head(state["_state"])
 
-    def _check_type_dict(self, type_dict: Mapping[str, int]) -> None:
-        type_map = self._state.model.type_map
-        for symbol, index in type_dict.items():
-            if not 0 <= index < len(type_map) or type_map[index] != symbol:
+    def set(self, **kwargs: Any) -> dict[str, Any]:
+        """Set ``head=``; nothing else can be set after the calculator was made."""
+        if unknown := kwargs.keys() - {"head"}:
+            raise TypeError(
+                f"{min(unknown)}= can't be set; make another MTCalculator, which may share the model"
+            )
+        if "head" in kwargs and kwargs["head"] != self.head:
+            self.head = kwargs["head"]
+            return kwargs
+        return {}
+
+    def _check_type_dict(self, state: HeadState) -> None:
+        type_map = state.model.type_map
+        for symbol, index in (self._type_dict or {}).items():
+            if not 0 <= index < len(type_map):
                 raise MtinferError(
-                    f"type_dict maps {symbol} to {index}, but the type map of head {self.head!r} is "
-                    f"{dict(zip(type_map, range(len(type_map)), strict=True))}; leave type_dict out"
+                    f"type_dict maps {symbol} to {index}, but head {state.name!r} has the types "
+                    f"{dict(enumerate(type_map))}"
+                )
+            if type_map[index] in chemical_symbols and type_map[index] != symbol:
+                raise MtinferError(
+                    f"type_dict maps {symbol} to {index}, which is {type_map[index]} in the type map of head "
+                    f"{state.name!r}; leave type_dict out"
                 )
 
 
 def _parameters(atoms: ase.Atoms) -> dict[str, Any]:
+    """Copy what the potential reads beside atoms."""
     values = {name: atoms.info.get(name) for name in ("fparam", "charge", "spin")}
     values["aparam"] = atoms.arrays.get("aparam")
     return {
-        name: value.tolist() if hasattr(value, "tolist") else value
+        name: value.tolist() if hasattr(value, "tolist") else copy.deepcopy(value)
         for name, value in values.items()
         if value is not None
     }

@@ -68,6 +68,7 @@ def find_candidates(atoms: ase.Atoms, radius: float) -> Candidates:
     """
     positions = np.ascontiguousarray(atoms.get_positions(), dtype=np.float64)
     check_geometry(atoms, positions)
+    _check_extent(atoms, positions, radius)
     search = NeighborList(cutoff=radius, full_list=True, sorted=True)
     pairs, shifts = search.compute(
         positions, box=_box(atoms), periodic=np.asarray(atoms.pbc, dtype=bool), quantities="PS"
@@ -79,6 +80,31 @@ def find_candidates(atoms: ase.Atoms, radius: float) -> Candidates:
         torch.from_numpy(shifts.astype(np.float64)),
         len(atoms),
     )
+
+
+#: longest and thinnest structure along an axis, in cutoffs; the search fails beyond some 60,000 (vesin 0.6.2)
+_LONGEST, _THINNEST = 20_000, 0.005
+
+
+def _check_extent(atoms: ase.Atoms, positions: NDArray[np.float64], radius: float) -> None:
+    """Raise StructureError for structures that are too long or too thin for a neighbour search."""
+    if not len(positions):
+        return
+    inverse = np.linalg.inv(_box(atoms))
+    heights = 1.0 / np.linalg.norm(inverse, axis=0)
+    occupied = np.ptp(positions @ inverse, axis=0) * heights
+    longest = float(np.where(atoms.pbc, heights, occupied).max())
+    if longest > _LONGEST * radius:
+        raise StructureError(
+            f"the structure is {longest:.3g} Å long; neighbours are searched in up to "
+            f"{_LONGEST * radius:.3g} Å: check its cell, and remove atoms that flew away"
+        )
+    thinnest = float(np.where(atoms.pbc, heights, np.inf).min())
+    if thinnest < _THINNEST * radius:
+        raise StructureError(
+            f"cell {np.asarray(atoms.cell).tolist()} is {thinnest:.3g} Å high along a periodic axis; "
+            "check its vectors"
+        )
 
 
 def check_geometry(atoms: ase.Atoms, positions: NDArray[np.float64]) -> None:

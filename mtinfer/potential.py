@@ -6,28 +6,29 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import ase
 import numpy as np
 import torch
-from ase.data import atomic_numbers, chemical_symbols
+from ase.data import chemical_symbols
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .checkpoint.heads import find_head
 from .checkpoint.load import read as read_checkpoint
 from .checkpoint.precision import Precision, with_precision
-from .errors import StructureError, UnsupportedModelError, nearest
+from .errors import MtinferError, StructureError, UnsupportedModelError, nearest
 from .graph import CompileMode, SharedGraph
 from .heads import HeadState, head_states
 from .inputs import GraphInputs, Prediction
-from .models import EnergyModel, edge_gradients, forces_and_virial
-from .models.layout import Layout
+from .models import edge_gradients, forces_and_virial
+from .models.layout import Layout, Selection
 from .models.tabulated import covers
 from .neighbors import Candidates, find_candidates, graph_inputs
+from .parameters import aparam_of, charge_spin_of, fparam_of
 from .value_graphs import ValueGraphs
 
 __all__ = ["Potential", "PredictionWarning", "load"]
@@ -189,6 +190,10 @@ class Potential:
             inputs = self.inputs([atoms], candidates, state, fparam, aparam, charge_spin)
             return self.predict(inputs, state)[0]
         structures = list(atoms)
+        if aparam is not None:
+            raise StructureError(
+                'aparam= is for a single structure; set atoms.arrays["aparam"] of every structure instead'
+            )
         if not structures:
             return []
         candidates = [find_candidates(structure, state.model.rcut) for structure in structures]
@@ -203,18 +208,25 @@ class Potential:
         fparam: ArrayLike | None = None,
         aparam: ArrayLike | None = None,
         charge_spin: ArrayLike | None = None,
+        *,
+        type_dict: Mapping[str, int] | None = None,
     ) -> GraphInputs:
-        """Structures and their candidate pairs as the model takes them; see `evaluate` for the parameters."""
-        fparam, aparam = self._parameters(structures, state, fparam, aparam)
-        charges = [_charge_spin(structure, charge_spin, state) for structure in structures]
+        """Structures and their candidate pairs as the model takes them; see `evaluate` for the parameters.
+
+        Parameters
+        ----------
+        type_dict
+            symbol -> index into the type map; default: what the type map says.
+        """
+        fparam, aparam, charge_spin = self._parameters(structures, state, fparam, aparam, charge_spin)
         return graph_inputs(
             structures,
             candidates,
-            [self._types(structure, state) for structure in structures],
+            [self._types(structure, state, type_dict) for structure in structures],
             state.model.rcut,
             fparam=fparam,
             aparam=aparam,
-            charge_spin=torch.from_numpy(np.stack(charges)).to(self.device),
+            charge_spin=charge_spin,
         )
 
     def _parameters(
@@ -223,19 +235,24 @@ class Potential:
         state: HeadState,
         fparam: ArrayLike | None = None,
         aparam: ArrayLike | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """What the fitting net reads beside the descriptor: `fparam` and `aparam` of `GraphInputs`."""
-        per_frame = [_fparam(structure, fparam, state) for structure in structures]
-        numb_aparam = state.model.fitting.numb_aparam
-        per_atom = [_aparam(structure, aparam, numb_aparam) for structure in structures]
-        return (
-            torch.from_numpy(np.stack(per_frame)).to(self.device),
-            torch.from_numpy(np.concatenate(per_atom)).to(self.device),
-        )
+        charge_spin: ArrayLike | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`fparam`, `aparam` and `charge_spin` of `GraphInputs`."""
+        model, default = state.model, state.default_fparam
+        try:
+            found = (
+                np.stack([fparam_of(atoms, model, default, fparam) for atoms in structures]),
+                np.concatenate([aparam_of(atoms, model, aparam) for atoms in structures]),
+                np.stack([charge_spin_of(atoms, model, charge_spin) for atoms in structures]),
+            )
+        except StructureError as err:
+            raise StructureError(f"head {state.name!r}: {err}") from err
+        of_frames, of_atoms, charges = (torch.from_numpy(array).to(self.device) for array in found)
+        return of_frames, of_atoms, charges
 
     @torch.inference_mode(False)
     def energies(
-        self, atoms: ase.Atoms | Sequence[ase.Atoms], heads: Sequence[str] | None = None
+        self, atoms: ase.Atoms | Sequence[ase.Atoms], heads: str | Sequence[str] | None = None
     ) -> dict[str, NDArray[np.float64]]:
         """Energies alone, of several heads at once; heads with the same descriptor evaluate it once.
 
@@ -247,7 +264,7 @@ class Potential:
         atoms
             one structure or several of any sizes; their parameters are read as `evaluate` reads them.
         heads
-            names or aliases; default: all heads.
+            name or alias, or several; default: all heads.
 
         Returns
         -------
@@ -259,6 +276,7 @@ class Potential:
             As `evaluate` and `head` do.
         """
         structures = [atoms] if isinstance(atoms, ase.Atoms) else list(atoms)
+        heads = [heads] if isinstance(heads, str) else heads
         chosen = [self.head(name) for name in (self.heads if heads is None else heads)]
         states = [state.exact or state for state in chosen]
         energies = {state.name: np.zeros(len(structures)) for state in states}
@@ -271,7 +289,7 @@ class Potential:
             for state in family:
                 for structure in structures:
                     self._types(structure, state)  # warns of elements that this head never saw
-                fparam, aparam = self._parameters(structures, state)
+                fparam, aparam, _ = self._parameters(structures, state)
                 own = replace(inputs, fparam=fparam, aparam=aparam)
                 energies[state.name] = self._values.fit(described, own, state).cpu().numpy()
         return energies
@@ -279,11 +297,11 @@ class Potential:
     def _layouts(self, inputs: GraphInputs, state: HeadState) -> list[Layout]:
         layouts, n_truncated = state.model.layouts(inputs)
         if n_truncated:
+            limits = _limits(state.model.descriptor.selection, state.model.rcut)
             self._warn(
-                f"{n_truncated} of {inputs.n_atoms} atoms have more neighbours within {state.model.rcut} Å "
-                f"than the {_total_sel(state.model)} that head {state.name!r} keeps; the nearest are used, "
-                "as in training, and the energy is not smooth there",
-                key="truncated",
+                f"{n_truncated} of {inputs.n_atoms} atoms have more neighbours than head {state.name!r} "
+                f"keeps ({limits}); the nearest are used, as in training, and the energy is not smooth there",
+                key=f"truncated {state.name}",
             )
         return layouts
 
@@ -293,13 +311,15 @@ class Potential:
         if state.exact is not None and not covers(state.model.descriptor, inputs):
             state = state.exact
         layouts = self._layouts(inputs, state)
-        energies = torch.zeros(inputs.n_atoms, dtype=torch.float64, device=self.device)
+        energies = state.bias[inputs.types]
         gradients = []
         for layout in layouts:
             atom_energies, *gradient = self._call(layout, state)
-            energies[layout.atoms] = atom_energies
+            energies[layout.atoms] += atom_energies
             gradients.append(gradient)
         forces, virials = forces_and_virial(edge_gradients(layouts, gradients, inputs), inputs)
+        if not (torch.isfinite(energies).all() and torch.isfinite(forces).all()):
+            raise StructureError(_not_finite(inputs))
         sizes = torch.bincount(inputs.frames, minlength=inputs.n_frames).tolist()
         return [
             Prediction(
@@ -325,25 +345,32 @@ class Potential:
         named = dict(zip(state.weight_names, weights, strict=True))
         return state.model.in_parts(layout.displacements, layout.tensors, named, state.stages)
 
-    def _types(self, atoms: ase.Atoms, state: HeadState) -> NDArray[np.int64]:
-        index = {symbol: k for k, symbol in enumerate(state.model.type_map)}
-        present = {chemical_symbols[number] for number in set(atoms.numbers.tolist())}
-        for symbol in sorted(present - index.keys()):
-            position = atoms.get_chemical_symbols().index(symbol)
+    def _types(
+        self, atoms: ase.Atoms, state: HeadState, type_dict: Mapping[str, int] | None = None
+    ) -> NDArray[np.int64]:
+        type_map = state.model.type_map
+        index = type_dict or {symbol: k for k, symbol in enumerate(type_map)}
+        numbers = {number: _symbol(number) for number in set(atoms.numbers.tolist())}
+        unknown = [number for number, symbol in numbers.items() if symbol not in index]
+        if unknown:
+            position = int(np.isin(atoms.numbers, unknown).argmax())
+            symbol = numbers[int(atoms.numbers[position])]
+            known = ", ".join(type_map if type_dict is None else type_dict)
             raise StructureError(
                 f"atom {position} is {symbol}, which head {state.name!r} does not know; "
-                f"its type map is {', '.join(state.model.type_map)}{nearest(symbol, index)}"
+                f"its type map is {known}{nearest(symbol, index)}"
             )
         if state.observed_types is not None:
-            for symbol in sorted(present - state.observed_types):
+            seen = {symbol for symbol, t in index.items() if type_map[t] in state.observed_types}
+            for symbol in sorted(set(numbers.values()) - seen):
                 self._warn(
                     f"head {state.name!r} never saw {symbol} in training (it saw "
                     f"{', '.join(sorted(state.observed_types))}); its numbers for {symbol} mean little",
                     key=f"unseen {state.name} {symbol}",
                 )
         types = np.zeros(len(atoms), dtype=np.int64)
-        for symbol in present:
-            types[atoms.numbers == atomic_numbers[symbol]] = index[symbol]
+        for number, symbol in numbers.items():
+            types[atoms.numbers == number] = index[symbol]
         return types
 
     def _warn(self, text: str, *, key: str) -> None:
@@ -375,8 +402,8 @@ def load(
         summed in float64 in either case.
     compile
         True uses a graph that an earlier process stored; without one it answers the first calls eagerly and
-        compiles in the background ("background"). "wait" compiles before the first answer; False ("off")
-        stays eager.
+        compiles in the background ("background"). "wait" compiles before the first answer; "stored" never
+        compiles; False ("off") stays eager.
     tabulate
         evaluate the radial embedding nets of se_e2_a and of se_atten in strip mode without attention by
         Chebyshev series, which differ from them by less than 1e-9 and are faster. Structures with atoms
@@ -390,7 +417,8 @@ def load(
     UnsupportedModelError
         If no head of the file is supported.
     """
-    where = torch.device(device) if device is not None else _default_device()
+    _survive_forks()
+    where = _device(device)
     mode = _compile_mode(compile)
     checkpoint = read_checkpoint(Path(path))
     if dtype is not None:
@@ -402,16 +430,40 @@ def load(
     return Potential(heads, refused, where, loads_again=loads_again)
 
 
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@cache
+def _survive_forks() -> None:
+    """Let children that the system forks evaluate, on one thread each.
+
+    The threads of OpenMP aren't there in a forked child (`multiprocessing.Pool` on Linux), which would wait
+    for them for ever.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+
+
+def _symbol(number: int) -> str:
+    return chemical_symbols[number] if 0 <= number < len(chemical_symbols) else f"element {number}"
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as err:
+        reason = str(err).splitlines()[0]
+        raise MtinferError(
+            f"device {str(name)!r} can't be used ({reason}); try cpu, or cuda on a GPU"
+        ) from err
+    return torch.device(name)
 
 
 def _compile_mode(compile: bool | CompileMode) -> CompileMode:
     if isinstance(compile, bool):
         return "background" if compile else "off"
-    if compile not in ("off", "wait", "background"):
+    if compile not in (allowed := get_args(CompileMode)):
         raise ValueError(
-            f"compile={compile!r} is unknown; allowed are True, False, 'background', 'wait', 'off'"
+            f"compile={compile!r} is unknown; allowed are True, False, {', '.join(map(repr, allowed))}"
         )
     return compile
 
@@ -423,41 +475,22 @@ def _dtype(dtype: str | torch.dtype) -> Precision:
         raise ValueError(f"dtype={dtype!r} is not supported; allowed are float32 and float64") from None
 
 
-def _total_sel(model: EnergyModel) -> int:
-    return sum(model.descriptor.selection.sel or ())
+def _not_finite(inputs: GraphInputs) -> str:
+    """Say which atoms are too close, where energy or forces are not finite."""
+    text = "energy or forces are not finite"
+    if inputs.displacements.shape[0]:
+        distances = torch.linalg.vector_norm(inputs.displacements, dim=1)
+        pair = int(distances.argmin())
+        frame = inputs.frames[inputs.centers[pair]]
+        first_of_frame = int(torch.searchsorted(inputs.frames, frame))
+        a, b = sorted(int(ends[pair]) - first_of_frame for ends in (inputs.centers, inputs.neighbors))
+        apart = f"{float(distances[pair]):.3g} Å"
+        text += f"; the closest atoms, {a} and {b} of structure {int(frame)}, are {apart} apart"
+    return f"{text}: check the step before this structure"
 
 
-def _fparam(atoms: ase.Atoms, given: ArrayLike | None, state: HeadState) -> NDArray[np.float64]:
-    size = state.model.fitting.numb_fparam
-    value = given if given is not None else atoms.info.get("fparam")
-    if size and value is None:
-        if state.default_fparam is None:
-            raise StructureError(
-                f"head {state.name!r} needs {size} frame parameters and has no default; "
-                f'set atoms.info["fparam"] or pass fparam='
-            )
-        value = state.default_fparam
-    return _shaped("fparam", value if size else None, (size,))
-
-
-def _aparam(atoms: ase.Atoms, given: ArrayLike | None, size: int) -> NDArray[np.float64]:
-    value = given if given is not None else atoms.arrays.get("aparam")
-    if size and value is None:
-        raise StructureError(
-            f'the model needs {size} atomic parameters per atom; set atoms.arrays["aparam"] or pass aparam='
-        )
-    return _shaped("aparam", value if size else None, (len(atoms), size))
-
-
-def _charge_spin(atoms: ase.Atoms, given: ArrayLike | None, state: HeadState) -> NDArray[np.float64]:
-    default = state.default_charge_spin or (0.0, 0.0)
-    if given is None:
-        given = [atoms.info.get("charge", default[0]), atoms.info.get("spin", default[1])]
-    return _shaped("charge_spin", given, (2,))
-
-
-def _shaped(name: str, value: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    array = np.zeros(shape) if value is None else np.asarray(value, dtype=np.float64)
-    if array.size != int(np.prod(shape)):
-        raise StructureError(f"{name} has shape {array.shape}; the model needs {shape}")
-    return array.reshape(shape)
+def _limits(selection: Selection, rcut: float) -> str:
+    """How many neighbours the lists of a model hold, and within which cutoffs."""
+    rcut = selection.rcut or rcut
+    own = [] if selection.sel is None else [f"{'+'.join(map(str, selection.sel))} within {rcut:g} Å"]
+    return ", ".join(own + [_limits(shorter, rcut) for shorter in selection.inner if shorter.sel])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import ase.build
 import ase.io
@@ -23,6 +27,7 @@ from reference_files import DATA, SE_E2_A, STRIP
 
 from mtinfer import MTCalculator, MtinferError, Potential
 from mtinfer.errors import StructureError, UnknownHeadError
+from mtinfer.testing import write_random_checkpoint
 
 
 @pytest.fixture
@@ -179,7 +184,9 @@ def test_parameters_of_a_structure_count_as_a_change(eager: Callable[..., Potent
 def test_keywords_of_deepmd_kit_scripts(potential: Potential) -> None:
     calculator = MTCalculator(model=potential, head="water", type_dict={"H": 0, "O": 1})
     assert calculator.head == "water"
-    with pytest.raises(MtinferError, match="type_dict maps O to 0, but the type map of head 'water' is"):
+    with pytest.raises(
+        MtinferError, match="type_dict maps O to 0, which is H in the type map of head 'water'"
+    ):
         MTCalculator(model=potential, head="water", type_dict={"O": 0})
     with pytest.raises(TypeError, match="does not take neighbor_list=: neighbours are found by vesin"):
         MTCalculator(model=potential, head="water", neighbor_list=object())
@@ -237,3 +244,100 @@ def test_forces_under_modes_without_gradients(
         np.testing.assert_array_equal(atoms.get_forces(), expected)
     atoms.positions += 1e-3  # the list of neighbours made in that mode serves on
     np.testing.assert_allclose(atoms.get_forces(), expected, atol=1e-9)
+
+
+def test_atoms_on_top_of_each_other(potential: Potential) -> None:
+    """An energy that is no number ends a run at once."""
+    atoms = ase.Atoms("OH2", [[0.0, 0.0, 0.0], [0.0, 0.0, 0.96], [0.0, 0.0, 0.96]])
+    atoms.calc = MTCalculator(potential, head="water")
+    with pytest.raises(StructureError, match=r"atoms, 1 and 2 of structure 0, are 0 Å apart: check the step"):
+        atoms.get_potential_energy()
+    with pytest.raises(StructureError, match="1 and 2 of structure 1, are 0 Å apart"):
+        potential.evaluate([water(), atoms], "water")
+
+
+def test_unknown_device() -> None:
+    with pytest.raises(MtinferError, match=r"device 'cuba' can't be used \(.*\); try cpu"):
+        MTCalculator(STRIP, head="water", device="cuba")
+
+
+def test_type_dict_names_types_that_are_no_elements(tmp_path: Path) -> None:
+    """Scripts for `DP` say which type an element is."""
+    for name, type_map in (("plain", ["H", "O", "Cu"]), ("sites", ["HW", "OW", "Cu"])):
+        config = {
+            "type_map": type_map,
+            "descriptor": {
+                "type": "se_e2_a",
+                "rcut": 4.0,
+                "rcut_smth": 1.0,
+                "sel": [9, 9, 9],
+                "neuron": [4, 8],
+                "axis_neuron": 4,
+            },
+            "fitting_net": {"type": "ener", "neuron": [8]},
+        }
+        write_random_checkpoint(tmp_path / f"{name}.pt", config)
+    atoms = ase.build.molecule("H2O")
+    atoms.calc = MTCalculator(tmp_path / "plain.pt", compile=False)
+    expected = atoms.get_potential_energy()
+    atoms.calc = MTCalculator(tmp_path / "sites.pt", compile=False, type_dict={"H": 0, "O": 1, "Cu": 2})
+    assert atoms.get_potential_energy() == expected
+    for type_dict in ({"H": 0}, None):
+        atoms.calc = MTCalculator(tmp_path / "sites.pt", compile=False, type_dict=type_dict)
+        with pytest.raises(StructureError, match=r"atom 0 is O, which head .* does not know"):
+            atoms.get_potential_energy()
+    with pytest.raises(MtinferError, match=r"type_dict maps Cu to 3, but head .* has the types"):
+        MTCalculator(tmp_path / "sites.pt", compile=False, type_dict={"Cu": 3})
+
+
+def test_keywords_that_do_not_exist(potential: Potential) -> None:
+    with pytest.raises(TypeError, match=r"does not take skinn=: it is unknown \(did you mean 'skin'\?\)"):
+        MTCalculator(potential, head="water", skinn=2.0)
+    with pytest.raises(TypeError, match=r"compile= and tabulate= belong to mtinfer\.load"):
+        MTCalculator(potential, head="water", compile="wait")
+    calculator = MTCalculator(potential, head="water")
+    calculator.set(head="copper")
+    assert calculator.head == "copper"
+    with pytest.raises(TypeError, match="skin= can't be set"):
+        calculator.set(skin=1.0)
+
+
+def test_parameters_changed_in_place(eager: Callable[..., Potential]) -> None:
+    potential = eager(DATA / "variants/checkpoints/sea4-pt.pt")
+    atoms = ase.build.molecule("H2O")
+    model = potential.head("water").model
+    atoms.arrays["aparam"] = np.full((3, model.fitting.numb_aparam), 0.2)
+    atoms.info["fparam"] = np.full(model.fitting.numb_fparam, 0.1)
+    atoms.calc = MTCalculator(potential, head="water")
+    before = atoms.get_potential_energy()
+    atoms.info["fparam"][0] = 5.0
+    assert atoms.get_potential_energy() == pytest.approx(potential.evaluate(atoms, "water").energy, abs=1e-12)
+    assert abs(atoms.get_potential_energy() - before) > 1e-6
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.parametrize("mode", ["off", "wait"])
+def test_forked_children_evaluate(mode: str, graph_cache: Path) -> None:
+    """In a process of its own, whose threads exist when it forks."""
+    script = f"""
+import multiprocessing, torch
+from ase.build import molecule
+from mtinfer import MTCalculator
+torch.set_num_threads(2)
+torch.rand(600, 600) @ torch.rand(600, 600)
+calculator = MTCalculator({str(STRIP)!r}, head="water", compile={mode!r})
+def energy(k):
+    atoms = molecule("H2O")
+    atoms.rattle(0.01, seed=k)
+    atoms.calc = calculator
+    return atoms.get_potential_energy()
+here = [energy(k) for k in range(2)]
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    there = pool.map_async(energy, range(2)).get(timeout=60)
+assert here == there or max(abs(a - b) for a, b in zip(here, there)) < 1e-12, (here, there)
+"""
+    environment = {**os.environ, "MTINFER_CACHE": str(graph_cache)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr

@@ -282,3 +282,28 @@ def test_verlet_list_checks_positions() -> None:
     atoms.positions[2] = np.nan
     with pytest.raises(StructureError, match="position of atom 2"):
         verlet.candidates(atoms)
+
+
+@pytest.mark.parametrize(
+    ("atoms", "reason"),
+    [
+        (ase.Atoms("OH", [[0, 0, 0], [1e6, 0, 0]]), "1e\\+06 Å long.*remove atoms that flew away"),
+        (ase.Atoms("OH", [[0, 0, 0], [0, 0, 1e6]], cell=[9, 9, 9], pbc=[True, True, False]), "Å long"),
+        (ase.Atoms("O", cell=[1e7, 5, 5], pbc=True), "1e\\+07 Å long.*check its cell"),
+        (
+            ase.Atoms("O", cell=[[5, 0, 0], [5, 1e-4, 0], [0, 0, 5]], pbc=True),
+            "0.0001 Å high.*check its vectors",
+        ),
+    ],
+)
+def test_structures_that_no_search_can_be_made_of(atoms: ase.Atoms, reason: str) -> None:
+    with pytest.raises(StructureError, match=reason):
+        find_candidates(atoms, 6.0)
+
+
+def test_long_structures() -> None:
+    """Positions far outside of a periodic cell are no matter, nor is a long chain."""
+    periodic = ase.Atoms("OH", [[0, 0, 0], [1e8 + 1.0, 0, 0]], cell=[4.0, 9, 9], pbc=True)
+    assert len(find_candidates(periodic, 3.5).centers) == 4
+    chain = ase.Atoms("O3", [[0, 0, 0], [1e5, 0, 0], [1e5 + 1, 0, 0]])
+    assert len(find_candidates(chain, 6.0).centers) == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .metrics import ErrorAccumulator, Score
-from .output import check_output
 from .plots import PLOT_SUFFIXES, parity_plot
 from .report import score_table, to_dict, write_csv, write_json, write_predictions
 from .run import Evaluation, evaluate_frames
@@ -13,7 +12,6 @@ __all__ = [
     "ErrorAccumulator",
     "Evaluation",
     "Score",
-    "check_output",
     "evaluate_frames",
     "parity_plot",
     "score_table",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..errors import DataError
+from ..files import check_output, replacing
 from .metrics import ENERGY_PER_ATOM, FORCES, VIRIAL_PER_ATOM, Array, Quantity
-from .output import check_output, replacing
 from .report import short_names
 from .run import Evaluation
 

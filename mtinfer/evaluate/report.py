@@ -13,9 +13,9 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ..data import Frame
+from ..files import replacing
 from ..inputs import Prediction
 from .metrics import Array, Score
-from .output import replacing
 from .run import Evaluation
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from mtinfer.data import read_frames
 from mtinfer.errors import OutputError
 from mtinfer.evaluate import (
     Evaluation,
-    check_output,
     evaluate_frames,
     score_table,
     to_dict,
@@ -26,6 +25,7 @@ from mtinfer.evaluate import (
     write_predictions,
 )
 from mtinfer.evaluate.report import short_names
+from mtinfer.files import check_output
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import OutputError
+from .errors import OutputError
 
 
 def check_output(path: str | Path, *, suffixes: Sequence[str] = ()) -> None:
@@ -31,20 +31,34 @@ def check_output(path: str | Path, *, suffixes: Sequence[str] = ()) -> None:
         raise OutputError(f"{path}: folder {path.parent} is not writable; choose another path")
 
 
+def check_distinct(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
+    """Raise an OutputError if an output is one of the inputs, or another output."""
+    taken = {path.resolve(): "is an input and is not replaced" for path in inputs}
+    for path in outputs:
+        if reason := taken.get(path.resolve()):
+            raise OutputError(f"{path}: {reason}; choose another path")
+        taken[path.resolve()] = "stands for two outputs"
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, which takes its place when the block ends without error.
+    """Give a temporary file beside `path`, which takes its place when the block ends without error.
 
     Raises
     ------
     OutputError
         The file can't be written; `path` is as it was before.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
     check_output(path)
     partial = path.with_name(f".{os.getpid()}.{path.name}")  # same suffix: writers look at it
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the user wants files to be; some writers make theirs private
         yield partial
+        partial.chmod(mode)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as err:
         raise OutputError(f"{path}: can't be written: {err.strerror or err}; choose another path") from err
