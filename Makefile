@@ -42,4 +42,4 @@ bench: $(STAMP)
 	$(BIN)/python -m mtinfer bench $(BENCH)
 
 clean:
-	rm -rf $(VENV) demo-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-output trained build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

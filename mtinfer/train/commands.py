@@ -25,6 +25,7 @@ _FILE = click.Path(path_type=Path)
 @click.option("--resume", type=_FILE, help="Go on from this checkpoint of the same input.")
 @click.option("--finetune", type=_FILE, help="Start from a head of this checkpoint.")
 @click.option("--head", "--model-branch", help="Head to start from (with --finetune).")
+@click.option("--force", is_flag=True, help="Replace the files of an earlier training in the output folder.")
 @click.option("--steps", type=click.IntRange(min=1), help="Number of steps  [default: that of the input].")
 @click.option("--device", help="Torch device  [default: cuda where there is one, else cpu].")
 @click.option(
@@ -49,6 +50,7 @@ def train(
     resume: Path | None,
     finetune: Path | None,
     head: str | None,
+    force: bool,
     steps: int | None,
     device: str | None,
     compile_: str,
@@ -65,7 +67,8 @@ def train(
     from .config import read_config
     from .plan import describe_plan, make_plan
     from .ranks import Ranks
-    from .trainer import Start, Trainer
+    from .starting import Start
+    from .trainer import Trainer
 
     if resume is not None and finetune is not None:
         raise click.UsageError("--resume and --finetune exclude each other")
@@ -82,14 +85,14 @@ def train(
     try:
         if ranks.is_first:
             click.echo("\n".join(describe_plan(plan)))
-        start = Start(resume, finetune, head)
+        start = Start(resume, finetune, head, force)
         mode: Any = "wait" if compile_ == "on" else "off"
         trainer = Trainer(plan, output, start=start, mode=mode, ranks=ranks)
         finished = _run(trainer, plan, ranks)
     finally:
         ranks.leave()
     if ranks.is_first:
-        newest = trainer.keeper.written()[-1]
+        newest = trainer.keeper.newest
         click.echo(
             f"wrote {newest}"
             if finished

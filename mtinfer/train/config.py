@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.heads import DEFAULT_HEAD, check_aliases
 from ..checkpoint.refusals import refusal
+from ..descriptor_kinds import KINDS, kind_of
 from ..errors import CheckpointError, ConfigError, nearest
 from ..models.hybrid import member_name
 from . import schema
@@ -82,8 +82,11 @@ class RunOptions:
     seed: int
     disp_freq: int
     save_freq: int
-    save_ckpt: str
+    #: where checkpoints go, before "-<step>.pt"; relative to the folder of the run
+    save_ckpt: Path
     max_ckpt_keep: int
+    #: of averaged weights
+    ema_ckpt_keep: int
     gradient_max_norm: float
     #: decay of the exponential moving average of the weights; None for none
     ema_decay: float | None
@@ -127,16 +130,18 @@ def read_config(path: Path) -> TrainConfig:
 def parse_config(content: object, path: Path) -> TrainConfig:
     """Check the content of a training input; see `read_config`."""
     top = complete(content, schema.TOP, "the input")
-    if isinstance(top["validating"], Mapping) and top["validating"].get("full_validation"):
-        raise ConfigError("validating.full_validation is true, which is not supported; supported: false")
+    if (full := (top["validating"] or {}).get("full_validation", False)) is not False:
+        raise ConfigError(f"validating.full_validation is {full!r}, which is not supported; supported: false")
     training = complete(top["training"], schema.TRAINING, "training")
     multitask = isinstance(top["model"], Mapping) and "model_dict" in top["model"]
+    _check_kind_of_input(top, training, multitask)
     shared, heads, links = _heads(top["model"]) if multitask else ({}, {DEFAULT_HEAD: top["model"]}, ())
     models = {name: _head(name, config, multitask) for name, config in heads.items()}
     try:
         check_aliases({name: tuple(model["model_branch_alias"]) for name, model in models.items()})
     except CheckpointError as err:
         raise ConfigError(str(err)) from err
+    _check_type_maps(models, links)
     _check_case_embedding(models)
     tasks = _tasks(models, top, training, multitask)
     without_effect = [f"training.{key}" for key in schema.WITHOUT_EFFECT if key in training]
@@ -153,24 +158,46 @@ def parse_config(content: object, path: Path) -> TrainConfig:
     )
 
 
+#: keys of an input for several tasks, and of one for a single task
+_OF_SEVERAL = ("loss_dict", "training.data_dict", "training.model_prob", "training.num_epoch_dict")
+_OF_ONE = ("loss", "training.training_data", "training.validation_data")
+
+
+def _check_kind_of_input(top: Mapping[str, Any], training: Mapping[str, Any], multitask: bool) -> None:
+    """Refuse keys that the other kind of input has, which would be passed over, and those that exclude."""
+    given = {key for key in (*_OF_SEVERAL, *_OF_ONE) if _at(key, top, training) not in (None, {})}
+    wrong, right = (_OF_ONE, _OF_SEVERAL) if multitask else (_OF_SEVERAL, _OF_ONE)
+    for key in wrong:
+        if key in given:
+            kind = "several tasks (model.model_dict)" if multitask else "one task (no model.model_dict)"
+            raise ConfigError(f"{key} is given, but the input is for {kind}, which has {', '.join(right)}")
+    if {"training.model_prob", "training.num_epoch_dict"} <= given:
+        raise ConfigError("training gives model_prob and num_epoch_dict, which sets probabilities; give one")
+
+
+def _at(path: str, top: Mapping[str, Any], training: Mapping[str, Any]) -> Any:
+    section, _, key = path.rpartition(".")
+    return (training if section else top)[key]
+
+
 # ---- model -------------------------------------------------------------------------------------------
 
 
 def _heads(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]], tuple[Link, ...]]:
     """Resolve the references of all heads to `shared_dict`."""
     shared, entries = model.get("shared_dict", {}), model["model_dict"]
-    if not isinstance(shared, Mapping) or not isinstance(entries, Mapping) or not entries:
-        raise ConfigError(
-            "model.shared_dict and model.model_dict must be sections, and name at least one head"
-        )
+    for key, section in (("shared_dict", shared), ("model_dict", entries)):
+        schema.SECTION.check(section, f"model.{key}")
+    entries = {head: entry for head, entry in entries.items() if head[:1] != "_"}  # without comments
+    if not entries:
+        raise ConfigError("model.model_dict names no head; give at least one entry")
     common = {k: v for k, v in model.items() if k not in ("shared_dict", "model_dict") and k[:1] != "_"}
     used: dict[tuple[str, str], list[tuple[str, int]]] = {}
     heads: dict[str, dict[str, Any]] = {}
     for head, entry in entries.items():
-        if not head or "." in head or not isinstance(entry, Mapping):
-            raise ConfigError(
-                f"model_dict: {head!r} is no valid head; a name has no '.', and an entry is a section"
-            )
+        schema.SECTION.check(entry, f"model_dict.{head}")
+        if not head or "." in head:
+            raise ConfigError(f"model_dict has the head {head!r}; expected a name without '.'")
         heads[head] = copy.deepcopy(dict(common) | dict(entry))
         for part, place, key in _references(heads[head]):
             name, level = _reference(place[key], shared, f"model_dict.{head}.{part}")
@@ -223,8 +250,8 @@ def _reference(reference: str, shared: Mapping[str, Any], where: str) -> tuple[s
 
 
 def _check_levels(part: str, name: str, members: list[tuple[str, int]], entry: Any) -> None:
-    kind = entry.get("type") if isinstance(entry, Mapping) else None
-    highest = 0 if part == "fitting_net" or kind in ("se_e2_a", "se_a", "hybrid") else 1
+    kind = KINDS.get(kind_of(entry)) if isinstance(entry, Mapping) else None
+    highest = 0 if part == "fitting_net" or (kind and not kind.type_embedding) else 1
     for head, level in members:
         if level > highest:
             raise ConfigError(
@@ -234,48 +261,103 @@ def _check_levels(part: str, name: str, members: list[tuple[str, int]], entry: A
 
 def _head(name: str, given: Any, multitask: bool) -> dict[str, Any]:
     where = f"model_dict.{name}" if multitask else "model"
-    if isinstance(given, Mapping) and (reason := refusal(name, given, {}, trains=True)):
+    if reason := _refusal(name, given):
         raise ConfigError(reason)
     head = complete(given, schema.HEAD, where)
     type_map = head["type_map"]
-    if not isinstance(type_map, list) or len(set(type_map)) != len(type_map) or not type_map:
+    if len(set(type_map)) != len(type_map) or not type_map:
         raise ConfigError(f"{where}.type_map is {type_map!r}; expected a list of different elements")
-    head["descriptor"] = _descriptor(head["descriptor"], f"{where}.descriptor")
-    head["fitting_net"] = complete(head["fitting_net"], schema.FITTING, f"{where}.fitting_net")
+    n_types = len(type_map)
+    _check_types(head, where, n_types, indices=("pair_exclude_types", "atom_exclude_types"))
+    _check_types(head["preset_out_bias"] or {}, f"{where}.preset_out_bias", n_types, lists=("energy",))
+    head["descriptor"] = _descriptor(head["descriptor"], f"{where}.descriptor", n_types)
+    head["fitting_net"] = _fitting(head["fitting_net"], f"{where}.fitting_net", n_types)
     return head
 
 
-def _descriptor(given: Any, where: str, *, within_hybrid: bool = False) -> dict[str, Any]:
+def _refusal(name: str, given: Any) -> str | None:
+    try:
+        return refusal(name, given, {}, trains=True) if isinstance(given, Mapping) else None
+    except TypeError:  # a value of the wrong type, which `complete` names
+        return None
+
+
+def _check_types(
+    section: Mapping[str, Any],
+    where: str,
+    n_types: int,
+    *,
+    indices: Iterable[str] = (),
+    lists: Iterable[str] = (),
+) -> None:
+    """Check keys that hold indices into the type map, and lists with an entry for each of it."""
+    for key in indices:
+        found = [index for entry in section[key] for index in (entry if isinstance(entry, list) else [entry])]
+        if any(index >= n_types for index in found):
+            raise ConfigError(
+                f"{where}.{key} is {section[key]!r}; expected indices into type_map, 0 to {n_types - 1}"
+            )
+    for key in lists:
+        value = section.get(key)
+        if value and not isinstance(value, str) and not (isinstance(value, list) and len(value) == n_types):
+            raise ConfigError(
+                f"{where}.{key} is {value!r}; expected a list of {n_types}, one per entry of type_map"
+            )
+
+
+def _fitting(given: Any, where: str, n_types: int) -> dict[str, Any]:
+    found = complete(given, schema.FITTING, where)
+    _check_types(found, where, n_types, lists=("atom_ener",))
+    default, size = found["default_fparam"], found["numb_fparam"]
+    if default is not None and len(default) != size:
+        raise ConfigError(
+            f"{where}.default_fparam is {default!r}; expected {size} numbers, as numb_fparam says"
+        )
+    return found
+
+
+def _descriptor(given: Any, where: str, n_types: int, *, within_hybrid: bool = False) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where} is {given!r}; expected a section {{...}} or the name of a shared one")
-    kind = str(given.get("type", "se_e2_a"))
-    kind = schema.DESCRIPTOR_ALIASES.get(kind, kind)
+    kind = kind_of(given)
     if kind == "hybrid" and not within_hybrid:
-        return _hybrid(given, where)
+        return _hybrid(given, where, n_types)
     if kind not in schema.DESCRIPTORS:
         raise ConfigError(
             f"{where}.type is {kind!r}, which can't be trained{nearest(kind, schema.DESCRIPTORS)}; "
             f"supported are {', '.join(schema.DESCRIPTORS)}{'' if within_hybrid else ', hybrid'}"
         )
     found = complete({**given, "type": kind}, schema.DESCRIPTORS[kind], where)
-    for section, key, _ in schema.NEIGHBOR_COUNTS[kind]:
-        count = (found if section is None else found[section])[key]
-        if isinstance(count, str) and not re.fullmatch(r"auto(:\d+(\.\d*)?)?", count):
-            path = f"{where}.{key}" if section is None else f"{where}.{section}.{key}"
-            raise ConfigError(f"{path} is {count!r}; supported are numbers, 'auto' and 'auto:FACTOR'")
+    if kind == "dpa3" and found["repflow"]["skip_stat"]:
+        found["repflow"]["fix_stat_std"] = 0.3  # the older spelling, which wins in deepmd-kit, too
+    lists = ("sel",) if kind == "se_e2_a" else ()
+    _check_types(found, where, n_types, indices=("exclude_types",), lists=lists)
     return found
 
 
-def _hybrid(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _hybrid(given: Mapping[str, Any], where: str, n_types: int) -> dict[str, Any]:
     found = complete(given, schema.HYBRID, where)
     members = found["list"]
     if not isinstance(members, list) or not members:
         raise ConfigError(f"{where}.list is {members!r}; expected a list of descriptors")
     found["list"] = [
-        _descriptor(member, f"{where}.list[{index}]", within_hybrid=True)
+        _descriptor(member, f"{where}.list[{index}]", n_types, within_hybrid=True)
         for index, member in enumerate(members)
     ]
     return found
+
+
+def _check_type_maps(models: Mapping[str, dict[str, Any]], links: Iterable[Link]) -> None:
+    """Refuse to share between different type maps: weights go by the index of an element."""
+    for link in links:
+        base, *others = (head for head, _ in link.heads)
+        for head in others:
+            maps = [models[name]["type_map"] for name in (base, head)]
+            if maps[0] != maps[1]:
+                raise ConfigError(
+                    f"heads {base!r} and {head!r} share the {link.part} {link.name!r} but have different "
+                    f"type maps, {maps[0]!r} and {maps[1]!r}; give both the same, in the same order"
+                )
 
 
 def _check_case_embedding(models: Mapping[str, dict[str, Any]]) -> None:
@@ -344,8 +426,7 @@ def _numbers(key: str, given: Any, models: Mapping[str, Any]) -> dict[str, float
         return {}
     entries = _by_head(f"training.{key}", given, models)
     for name, value in entries.items():
-        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise ConfigError(f"training.{key}.{name} is {value!r}; expected a number that is not negative")
+        schema.NOT_NEGATIVE.check(value, f"training.{key}.{name}")
     if not sum(entries.values()):
         raise ConfigError(f"training.{key}: all entries are 0; at least one must be positive")
     return {name: float(value) for name, value in entries.items()}
@@ -353,33 +434,22 @@ def _numbers(key: str, given: Any, models: Mapping[str, Any]) -> dict[str, float
 
 def _data(given: Any, section: schema.Section, where: str) -> DataConfig:
     found = complete(given, section, where)
-    systems = [found["systems"]] if isinstance(found["systems"], str) else found["systems"]
-    if not isinstance(systems, list) or not systems or not all(isinstance(name, str) for name in systems):
-        raise ConfigError(f"{where}.systems is {systems!r}; expected a path or a list of paths")
-    size = found["batch_size"]
-    sizes = size if isinstance(size, list) else [size]
-    numbers = all(isinstance(n, int) and n > 0 for n in sizes)
-    if not numbers and not (isinstance(size, str) and re.fullmatch(r"auto|(auto|max|filter):[1-9]\d*", size)):
-        raise ConfigError(
-            f"{where}.batch_size is {size!r}; supported are a positive number, a list of one per system, "
-            "'auto', 'auto:N', 'max:N' and 'filter:N'"
-        )
-    probabilities = found["sys_probs"]
+    systems, size, probabilities = found["systems"], found["batch_size"], found["sys_probs"]
     return DataConfig(
-        systems=tuple(systems),
+        systems=(systems,) if isinstance(systems, str) else tuple(systems),
         batch_size=tuple(size) if isinstance(size, list) else size,
-        auto_prob=str(found["auto_prob"]),
+        auto_prob=found["auto_prob"],
         sys_probs=None if probabilities is None else tuple(map(float, probabilities)),
-        n_batches=int(found.get("numb_btch", 1)),
+        n_batches=found.get("numb_btch", 1),
     )
 
 
 # ---- run ---------------------------------------------------------------------------------------------
 
 
-def _optimizer(given: Any) -> OptimizerConfig:
-    name = given.get("type", "Adam") if isinstance(given, Mapping) else None
-    if name not in schema.OPTIMIZERS:
+def _optimizer(given: Mapping[str, Any]) -> OptimizerConfig:
+    name = given.get("type", "Adam")
+    if not isinstance(name, str) or name not in schema.OPTIMIZERS:
         raise ConfigError(
             f"optimizer.type is {name!r}, which is not supported; supported: {', '.join(schema.OPTIMIZERS)}"
         )
@@ -389,9 +459,6 @@ def _optimizer(given: Any) -> OptimizerConfig:
 
 
 def _run(training: Mapping[str, Any]) -> RunOptions:
-    for key in ("disp_freq", "save_freq", "max_ckpt_keep"):
-        if not isinstance(training[key], int) or training[key] < 1:
-            raise ConfigError(f"training.{key} is {training[key]!r}; expected a positive number")
     given = [key for key in ("numb_steps", "numb_epoch", "num_epoch_dict") if training[key]]
     if len(given) != 1:
         raise ConfigError(
@@ -399,13 +466,20 @@ def _run(training: Mapping[str, Any]) -> RunOptions:
             "numb_epoch, num_epoch_dict"
         )
     return RunOptions(
-        n_steps=None if training["numb_steps"] is None else int(training["numb_steps"]),
+        n_steps=training["numb_steps"],
         n_epochs=None if training["numb_epoch"] is None else float(training["numb_epoch"]),
-        seed=int(training["seed"] or 0),
+        seed=training["seed"] or 0,
         disp_freq=training["disp_freq"],
         save_freq=training["save_freq"],
-        save_ckpt=Path(training["save_ckpt"]).name,
+        save_ckpt=_save_ckpt(training["save_ckpt"]),
         max_ckpt_keep=training["max_ckpt_keep"],
+        ema_ckpt_keep=training["ema_ckpt_keep"] or training["max_ckpt_keep"],
         gradient_max_norm=float(training["gradient_max_norm"]),
         ema_decay=float(training["ema_decay"]) if training["enable_ema"] else None,
     )
+
+
+def _save_ckpt(given: object) -> Path:
+    if not isinstance(given, str) or not Path(given).name:
+        raise ConfigError(f"training.save_ckpt is {given!r}; expected a name, as in 'model.ckpt'")
+    return Path(given)

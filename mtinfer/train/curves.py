@@ -10,7 +10,10 @@ from typing import Any
 from ..errors import OutputError
 from .loss import Errors
 
-__all__ = ["COLUMNS", "LearningCurve"]
+__all__ = ["COLUMNS", "CURVE", "PICTURE", "LearningCurve"]
+
+#: names of the files of all tasks, and of one
+CURVE, PICTURE = "lcurve.csv", "lcurve-{}.png"
 
 _QUANTITIES = ("energy", "force", "virial")
 COLUMNS = (

@@ -40,9 +40,9 @@ class System:
         return math.ceil(len(self.frames) / self.batch_size)
 
     def batch(self, order: NDArray[np.int64], position: int) -> tuple[int, ...]:
-        """Frames of the batch at `position` of a shuffled pass."""
+        """Frames of the batch at `position` of a shuffled pass, in their own order: a batch is a set."""
         start = position * self.batch_size
-        return tuple(int(k) for k in order[start : start + self.batch_size])
+        return tuple(sorted(int(k) for k in order[start : start + self.batch_size]))
 
 
 def load_systems(config: DataConfig, type_map: Sequence[str], folder: Path) -> list[System]:
@@ -133,6 +133,11 @@ def _block_weights(text: str, n_batches: NDArray[np.float64]) -> NDArray[np.floa
             weights[part] = float(weight) * n_batches[part] / n_batches[part].sum()
         except (ValueError, ZeroDivisionError) as err:
             raise ConfigError(f"auto_prob has the block {block!r}; expected start:end:weight") from err
+    if not weights.sum() > 0:
+        n = len(n_batches)
+        raise ConfigError(
+            f"auto_prob is {text!r}; its blocks must lie within 0:{n} and have a weight above 0"
+        )
     return weights
 
 

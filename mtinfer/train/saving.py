@@ -1,28 +1,27 @@
-"""Checkpoints of a training: what is in them, how many are kept, how a run goes on from one."""
+"""Checkpoints of a training: what is in them, where they go, how many are kept."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoint.heads import DEFAULT_HEAD
-from ..checkpoint.load import check_weights, read
 from ..checkpoint.records import HeadRecord
 from ..checkpoint.writer import check_no_debris, file_key, training_content, write_content
-from ..errors import CheckpointError, TrainingError
+from ..errors import OutputError, TrainingError
+from .curves import CURVE, PICTURE, read_curve
 from .plan import Plan
-from .statistics import energy_bias
-from .weights import AllWeights, Owners
+from .weights import AllWeights, Owners, trained_labels
 
-__all__ = ["Keeper", "RunState", "finetuned", "head_records", "resumed"]
+__all__ = ["OWN_ENTRY", "Keeper", "RunState", "head_records"]
 
 #: entry of a checkpoint that holds what only mtinfer needs to go on
-_OWN = "mtinfer"
+OWN_ENTRY = "mtinfer"
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,90 @@ def head_records(plan: Plan, weights: AllWeights, observed: Mapping[str, list[st
     }
 
 
-@dataclass
 class Keeper:
-    """Writes ``<name>-<step>.pt`` and keeps the newest few; ``<name>.pt`` leads to the newest."""
+    """Writes ``<name>-<step>.pt`` and keeps the newest few; ``<name>.pt`` leads to the newest.
 
-    folder: Path
-    plan: Plan
+    It removes only what its own run wrote, and what `claim` was forced to replace.
 
-    def save(self, state: RunState) -> Path:
+    Parameters
+    ----------
+    output
+        folder of the run; the name of its checkpoints, `training.save_ckpt`, may have a folder in this one.
+    """
+
+    def __init__(self, output: Path, plan: Plan) -> None:
+        self.plan = plan
+        self.output, self.folder = output, output / plan.config.run.save_ckpt.parent
+        #: last checkpoint that was written, or resumed
+        self.newest: Path | None = None
+        self._names = [plan.config.run.save_ckpt.name, f"{plan.config.run.save_ckpt.name}_ema"]
+        #: name -> checkpoints of this run that are kept, oldest first
+        self._written: dict[str, list[Path]] = {}
+        self._replaced: list[Path] = []
+
+    def claim(self, *, resume: Path | None, finetune: Path | None, force: bool) -> None:
+        """Make sure that no files of an earlier training are in the way; those of the resumed one are not.
+
+        Raises
+        ------
+        OutputError
+            There are, and they may not be replaced.
+        """
+        if self._goes_on(resume):
+            return
+        self._replaced = self._earlier()
+        if self._replaced and not force:
+            raise OutputError(
+                f"{str(self.output)!r} holds {self._replaced[0].name} of an earlier training; go on from it "
+                "with --resume, choose another --output, or replace it with --force"
+            )
+        source = resume or finetune
+        if source is not None and source.resolve() in [path.resolve() for path in self._replaced]:
+            raise OutputError(f"{str(source)!r} would be removed by --force; choose another --output")
+
+    def clear(self) -> None:
+        """Make the folder, and remove the files that `claim` found."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self._replaced:
+                path.unlink(missing_ok=True)
+        except OSError as err:
+            raise OutputError(f"{str(err.filename)!r} can't be written: {err.strerror}") from err
+
+    def go_on(self, resume: Path, step: int) -> None:
+        """Count a resumed checkpoint as written, and with it those before in its folder."""
+        self.newest = resume
+        if self._goes_on(resume):
+            for name in self._names:
+                found = _checkpoints(self.folder, name)
+                self._written[name] = [path for k, path in found.items() if k <= step]
+
+    def _goes_on(self, resume: Path | None) -> bool:
+        return resume is not None and resume.resolve().parent == self.folder.resolve()
+
+    def _earlier(self) -> list[Path]:
+        """Files of a run, newest checkpoint first; a learning curve counts where it has rows."""
+        links = [self.folder / f"{name}.pt" for name in self._names]
+        checkpoints = [
+            path for name in self._names for path in reversed(_checkpoints(self.folder, name).values())
+        ]
+        found = checkpoints + [path for path in links if path.exists() or path.is_symlink()]
+        curve = self.output / CURVE
+        if curve.exists() and read_curve(curve):
+            found += [curve, *self.output.glob(PICTURE.format("*"))]
+        return found
+
+    def saved_elsewhere(self, step: int) -> None:
+        """Note a checkpoint that another process writes."""
+        self.newest = self._path(self._names[0], step)
+
+    def last_good(self) -> str:
+        """Sentence that names the last checkpoint."""
+        if self.newest is None:
+            return "no checkpoint was written yet"
+        return f"the last good checkpoint is {self.newest}"
+
+    def save(self, state: RunState) -> None:
         """Write a checkpoint, and one of the averaged weights where there are any.
 
         Raises
@@ -79,24 +154,24 @@ class Keeper:
                 if not bool(torch.isfinite(tensor).all()):
                     raise TrainingError(
                         f"the weight {name!r} of head {head!r} is NaN or infinite after step {state.step}; "
-                        f"{self._last_good()}"
+                        f"{self.last_good()}"
                     )
         content: dict[str, Any] = {
             "model": self._model(state, state.weights),
             "optimizer": state.optimizer,
-            _OWN: {
+            OWN_ENTRY: {
                 "drawn": state.drawn,
                 "errors": state.errors,
-                "seed": self.plan.config.run.seed,
-                "n_steps": self.plan.schedule.n_steps,
+                "trained": trained_labels(self.plan.config, self.plan.models),
                 "dialect": self.plan.dialect,
             },
         }
-        name = self.plan.config.run.save_ckpt
+        run, (name, ema_name) = self.plan.config.run, self._names
         if state.ema is not None:
             content["ema"] = self._ema_entry(state)
-            self._write(f"{name}_ema", state.step, {"model": self._model(state, self._averaged(state))})
-        return self._write(name, state.step, content)
+            averaged = {"model": self._model(state, self._averaged(state))}
+            self._write(ema_name, state.step, averaged, run.ema_ckpt_keep)
+        self.newest = self._write(name, state.step, content, run.max_ckpt_keep)
 
     def _model(self, state: RunState, weights: AllWeights) -> dict[str, Any]:
         return training_content(
@@ -117,139 +192,43 @@ class Keeper:
     def _ema_entry(self, state: RunState) -> dict[str, Any]:
         averaged = {}
         for label, tensor in (state.ema or {}).items():
-            head, name = label.split("/")
+            head, _, name = label.rpartition("/")
             prefix = f"{head}." if self.plan.config.multitask else ""
             averaged[prefix + file_key(self.plan.dialect, name)] = tensor.cpu()
         return {"decay": self.plan.config.run.ema_decay, "model": averaged, "validation_state": {}}
 
-    def _write(self, name: str, step: int, content: Mapping[str, Any]) -> Path:
+    def _write(self, name: str, step: int, content: Mapping[str, Any], n_kept: int) -> Path:
         check_no_debris(content)
-        path = self.folder / f"{name}-{step}.pt"
+        path = self._path(name, step)
         write_content(path, content)
-        newest = self.folder / f"{name}.pt"
-        newest.unlink(missing_ok=True)
-        newest.symlink_to(path.name)
-        for old in self.written(name)[: -self.plan.config.run.max_ckpt_keep]:
-            old.unlink()
+        _lead(self.folder / f"{name}.pt", path.name)
+        written = self._written.setdefault(name, [])
+        written.append(path)
+        for old in written[:-n_kept]:
+            old.unlink(missing_ok=True)
+        del written[:-n_kept]
         return path
 
-    def written(self, name: str | None = None) -> list[Path]:
-        """Checkpoints in the folder, oldest first."""
-        name = name or self.plan.config.run.save_ckpt
-        found = {
-            int(path.stem.removeprefix(f"{name}-")): path
-            for path in self.folder.glob(f"{name}-*.pt")
-            if path.stem.removeprefix(f"{name}-").isdecimal()
-        }
-        return [found[step] for step in sorted(found)]
-
-    def _last_good(self) -> str:
-        written = self.written()
-        return f"the last good checkpoint is {written[-1]}" if written else "no checkpoint was written yet"
+    def _path(self, name: str, step: int) -> Path:
+        return self.folder / f"{name}-{step}.pt"
 
 
-def resumed(path: Path, plan: Plan) -> RunState:
-    """Read a checkpoint that this program wrote, to go on from it.
-
-    Raises
-    ------
-    CheckpointError
-        It was not written by a training of this input.
-    """
-    checkpoint = read(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    own = content.get(_OWN) if isinstance(content, dict) else None
-    if own is None or "optimizer" not in content:
-        raise CheckpointError(
-            f"{str(path)!r} can't be resumed: it holds no state of a training of mtinfer; use --finetune"
-        )
-    if set(checkpoint.heads) != set(plan.models) or own["dialect"] != plan.dialect:
-        raise CheckpointError(
-            f"{str(path)!r} has the heads {', '.join(checkpoint.heads)} ({own['dialect']}); the input has "
-            f"{', '.join(plan.models)} ({plan.dialect})"
-        )
-    owners = Owners(plan.config.links)
-    stored = {name: record.weights for name, record in checkpoint.heads.items()}
-    for head, model in plan.models.items():
-        check_weights(head, stored[head], model.parameters())
-    weights = {
-        head: {name: stored[owners(head, name)][name] for name in model.parameters()}
-        for head, model in plan.models.items()
-    }
-    return RunState(
-        step=int(checkpoint.step or 0),
-        weights=weights,
-        optimizer=content["optimizer"],
-        drawn=own["drawn"],
-        errors=own["errors"],
-        ema=_stored_ema(content, plan),
-        observed={name: record.config["info"]["observed_type"] for name, record in checkpoint.heads.items()},
-    )
-
-
-def _stored_ema(content: Mapping[str, Any], plan: Plan) -> dict[str, Tensor] | None:
-    if "ema" not in content:
-        return None
-    from ..checkpoint.dialects import canonical_name
-
+def _checkpoints(folder: Path, name: str) -> dict[int, Path]:
+    """Checkpoints in a folder by step, oldest first."""
     found = {}
-    for key, tensor in content["ema"]["model"].items():
-        head, _, rest = key.partition(".") if plan.config.multitask else (DEFAULT_HEAD, "", key)
-        found[f"{head}/{canonical_name(plan.dialect, rest)}"] = tensor
-    return found
+    for path in folder.glob("*.pt"):
+        stem, _, step = path.stem.rpartition("-")
+        if stem == name and step.isdecimal():
+            found[int(step)] = path
+    return dict(sorted(found.items()))
 
 
-def finetuned(path: Path, head: str | None, plan: Plan, weights: AllWeights) -> None:
-    """Start all tasks from one head of a checkpoint; the energy bias then follows the new data.
-
-    Networks and statistics are taken over; a fitting net only where its shapes are the same. Neighbour counts
-    may differ.
-
-    Raises
-    ------
-    CheckpointError
-        The descriptor or the type map of a task is another than that of the head.
-    """
-    record = read(path).head(head)
-    for task in plan.tasks:
-        own = weights[task.name]
-        if tuple(record.config["type_map"]) != task.model.type_map:
-            raise CheckpointError(
-                f"head {record.name!r} has the type map {', '.join(record.config['type_map'])}; task "
-                f"{task.name!r} has {', '.join(task.model.type_map)}, and they must be the same"
-            )
-        other = {n: _on_slots(n, tensor, own[n]) for n, tensor in record.weights.items() if n in own}
-        for name in own:
-            fits = name in other and other[name].shape == own[name].shape
-            if name.startswith("descriptor.") and not fits:
-                raise CheckpointError(
-                    f"task {task.name!r} can't start from head {record.name!r}: their descriptors differ in "
-                    f"{name!r}"
-                )
-        fitting = [name for name in own if name.startswith("fitting_net.") and not name.endswith("case_embd")]
-        same = all(name in other and other[name].shape == own[name].shape for name in fitting)
-        taken = [name for name in own if name.startswith("descriptor.")] + (fitting if same else [])
-        for name in taken:
-            own[name] = other[name].to(own[name].dtype).clone()
-        if same:
-            own["out_bias"] = other["out_bias"].clone()
-    owners = Owners(plan.config.links)
-    for name_of_head, own in weights.items():
-        for name in own:
-            own[name] = weights[owners(name_of_head, name)][name]
-
-
-def _on_slots(name: str, given: Tensor, wanted: Tensor) -> Tensor:
-    """Statistics (n_types, n_slots, 4) that are the same on all slots, for as many slots as are wanted."""
-    if not name.endswith((".mean", ".stddev")) or not torch.equal(given, given[:, :1].expand_as(given)):
-        return given
-    return given[:, :1].expand(-1, wanted.shape[1], -1)
-
-
-def shifted_bias(plan: Plan, weights: AllWeights, residuals: Mapping[str, list[Any]]) -> None:
-    """Add to each `out_bias` what the least squares of energy residuals says; see `energy_bias`."""
-    for task in plan.tasks:
-        frames = [replace(frame, energy=value) for frame, value in residuals[task.name]]
-        shift, std = energy_bias(frames, task.model.type_map)
-        weights[task.name]["out_bias"] = weights[task.name]["out_bias"] + shift
-        weights[task.name]["out_std"] = std
+def _lead(link: Path, target: str) -> None:
+    """Make a link lead to a file beside it; there is no moment without the link."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        os.replace(temporary, link)
+    except OSError as err:
+        raise OutputError(f"{str(link)!r} can't be made to lead to {target}: {err.strerror}") from err

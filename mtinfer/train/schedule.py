@@ -11,6 +11,9 @@ from ..errors import ConfigError
 
 __all__ = ["Schedule"]
 
+#: last learning rate of an input that says nothing of it, as in deepmd-kit
+_STOP = 5e-8
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -41,17 +44,17 @@ class Schedule:
             For contradicting or missing entries.
         """
         start = float(config["start_lr"])
-        if (config["stop_lr"] is None) == (config["stop_lr_ratio"] is None):
-            raise ConfigError("learning_rate needs one of 'stop_lr' and 'stop_lr_ratio', not both")
-        stop = config["stop_lr"]
-        stop = start * float(config["stop_lr_ratio"]) if stop is None else float(stop)
-        if not start > 0.0 or not stop >= 0.0:
-            raise ConfigError(f"learning_rate: start_lr is {start} and stop_lr {stop}; they must be positive")
+        stop, ratio = config["stop_lr"], config["stop_lr_ratio"]
+        if stop is not None and ratio is not None:
+            raise ConfigError("learning_rate has 'stop_lr' and 'stop_lr_ratio'; give one of them")
+        if stop is None:
+            stop = _STOP if ratio is None else start * ratio
+        stop = float(stop)
         if config["warmup_ratio"] is not None and config["warmup_steps"]:
             raise ConfigError("learning_rate has 'warmup_steps' and 'warmup_ratio'; give one of them")
         ratio = config["warmup_ratio"]
         n_warmup = int(config["warmup_steps"]) if ratio is None else int(float(ratio) * n_steps)
-        if not 0 <= n_warmup < max(n_steps, 1):
+        if not 0 <= n_warmup < n_steps:
             raise ConfigError(f"learning_rate: warm-up of {n_warmup} steps in a training of {n_steps}")
         total = n_steps - n_warmup
         decay_steps, decay_rate = _decay(config, start, stop, total)
@@ -103,12 +106,8 @@ class Schedule:
 def _decay(config: Mapping[str, Any], start: float, stop: float, total: int) -> tuple[int, float]:
     """Settle period and factor of the exponential decay."""
     period = int(config["decay_steps"])
-    if period <= 0:
-        raise ConfigError(f"learning_rate.decay_steps is {period}; it must be positive")
     if config["decay_rate"] is not None:
         return period, float(config["decay_rate"])
     if period >= total:
         period = 100 if total // 10 > 100 else total // 100 + 1
-    if not total:
-        return period, 1.0
     return period, math.exp(math.log(max(stop, 1e-10) / start) / (total / period))

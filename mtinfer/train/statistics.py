@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,16 @@ from ..models.se_e2_a import SeE2A
 from .batch import frame_inputs, type_indices
 from .sampling import System
 
-__all__ = ["Block", "TaskStatistics", "collect", "environment_weights", "merged", "stat_blocks"]
+__all__ = [
+    "Block",
+    "TaskStatistics",
+    "collect",
+    "energy_bias",
+    "environment_weights",
+    "merged",
+    "stat_blocks",
+    "times_drawn",
+]
 
 #: smallest standard deviation, and that of a type without samples
 _FLOOR, _UNSEEN = 1e-2, 1e-1
@@ -127,21 +137,38 @@ def _dpa2_blocks(descriptor: DPA2, config: Mapping[str, Any]) -> list[Block]:
     return [_block(prefix, part, replace(plain, sel=(sel,)), own) for prefix, part, sel, own in parts]
 
 
-def collect(systems: Sequence[System], model: EnergyModel, config: Mapping[str, Any]) -> TaskStatistics:
+def times_drawn(system: System, n_batches: int, dialect: str) -> list[int]:
+    """How often each frame of a system counts in statistics of `n_batches` batches.
+
+    As in deepmd-kit, "pt" stops at the end of the data and "pt_expt" starts over. Where batches are no whole
+    number of rounds, the first frames count once more; deepmd-kit takes random ones.
+    """
+    n_frames = len(system.frames)
+    n_drawn = n_batches * min(system.batch_size, n_frames)
+    if dialect == "pt":
+        n_drawn = min(n_drawn, n_frames)
+    rounds, rest = divmod(n_drawn, n_frames)
+    return [rounds + 1] * rest + [rounds] * (n_frames - rest)
+
+
+def collect(
+    systems: Sequence[System], model: EnergyModel, config: Mapping[str, Any], *, dialect: str = "pt_expt"
+) -> TaskStatistics:
     """Evaluate the data of one task.
 
     Parameters
     ----------
     systems
-        of which the first `data_stat_nbatch` batches are used.
+        of which `data_stat_nbatch` batches are used each; see `times_drawn`.
     config
         completed entry of `model_dict`.
     """
-    frames = [
-        frame
-        for system in systems
-        for frame in system.frames[: int(config["data_stat_nbatch"]) * system.batch_size]
-    ]
+    counted: dict[int, list[Frame]] = defaultdict(list)
+    for system in systems:
+        times_of = times_drawn(system, int(config["data_stat_nbatch"]), dialect)
+        for frame, times in zip(system.frames, times_of, strict=True):
+            counted[times].append(frame)
+    counted.pop(0, None)
     blocks = stat_blocks(model, config["descriptor"])
     n_types = len(model.type_map)
     moments = {block.prefix: torch.zeros(n_types, 2, 3, dtype=torch.float64) for block in blocks}
@@ -149,15 +176,18 @@ def collect(systems: Sequence[System], model: EnergyModel, config: Mapping[str, 
     fparam, aparam = [], []
     default = model.fitting.default_fparam
     default_fparam = None if default is None else torch.tensor(default, dtype=torch.float64)
-    for start in range(0, len(frames), _CHUNK):
-        inputs = frame_inputs(frames[start : start + _CHUNK], model, default_fparam)
+    for times, chunk in _chunks(counted):
+        inputs = frame_inputs(chunk, model, default_fparam)
         for block in blocks:
-            moments[block.prefix] += _moments(block, inputs, n_types)
+            moments[block.prefix] += times * _moments(block, inputs, n_types)
         if inputs.displacements.shape[0]:
             nearest_square = torch.minimum(nearest_square, (inputs.displacements**2).sum(1).min())
-        fparam.append(inputs.fparam)
-        aparam.append(inputs.aparam)
-    out_bias, out_std = energy_bias(frames, model.type_map, config["preset_out_bias"])
+        fparam += [inputs.fparam] * times
+        aparam += [inputs.aparam] * times
+    frames = [frame for times, own in counted.items() for frame in own * times]
+    out_bias, out_std = energy_bias(
+        frames, model.type_map, config["preset_out_bias"], excluded=model.atom_exclude_types
+    )
     seen = {symbol for frame in frames for symbol in frame.atoms.get_chemical_symbols()}
     return TaskStatistics(
         moments=moments,
@@ -168,6 +198,13 @@ def collect(systems: Sequence[System], model: EnergyModel, config: Mapping[str, 
         min_distance=float(nearest_square.sqrt()) if nearest_square.isfinite() else -1.0,
         observed=tuple(sorted(seen)),
     )
+
+
+def _chunks(counted: Mapping[int, list[Frame]]) -> Iterator[tuple[int, list[Frame]]]:
+    """Yield frames that count equally often, a few at once."""
+    for times, frames in counted.items():
+        for start in range(0, len(frames), _CHUNK):
+            yield times, frames[start : start + _CHUNK]
 
 
 def _sums(values: Tensor) -> Tensor:
@@ -198,11 +235,14 @@ def merged(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     parts
         of the base first.
     weights
-        probabilities of the heads; each part counts relative to the base.
+        probabilities of the heads; each part counts relative to the base, or to all where the base is never
+        drawn. Where no head is drawn, all count alike.
     """
-    total = parts[0].clone()
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        total += part * (weight / weights[0])
+    weights = weights if any(weights) else [1.0] * len(parts)
+    base = weights[0] or sum(weights)
+    total = torch.zeros_like(parts[0])
+    for part, weight in zip(parts, weights, strict=True):
+        total += part * (weight / base)
     return total
 
 
@@ -238,7 +278,11 @@ def parameter_weights(name: str, sums: Tensor, dtype: torch.dtype) -> dict[str, 
 
 
 def energy_bias(
-    frames: Sequence[Frame], type_map: Sequence[str], preset: Mapping[str, Any] | None = None
+    frames: Sequence[Frame],
+    type_map: Sequence[str],
+    preset: Mapping[str, Any] | None = None,
+    *,
+    excluded: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Energy per type by least squares over frames, and the standard deviation of what is left.
 
@@ -246,6 +290,8 @@ def energy_bias(
     ----------
     preset
         ``{"energy": [...]}``, one number or null per type; a type with a number keeps it.
+    excluded
+        types whose atoms have no energy (`atom_exclude_types`): the others account for all of it.
 
     Returns
     -------
@@ -262,6 +308,7 @@ def energy_bias(
         counts = np.array(
             [np.bincount(type_indices(frame, type_map), minlength=n_types) for frame in labelled], dtype=float
         )
+        counts[:, list(excluded)] = 0.0
         energies = np.array([frame.energy for frame in labelled], dtype=float)
         solution = np.linalg.lstsq(counts[:, free], energies - counts @ fixed, rcond=None)[0]
         bias[free] = solution

@@ -16,28 +16,19 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..graph import CompileMode
-from .curves import LearningCurve, plot_curve
+from .curves import CURVE, PICTURE, LearningCurve, plot_curve
 from .loss import Errors
 from .optimizer import Optimizer
 from .plan import Plan, Task
 from .ranks import Ranks
 from .sampling import Batches, Sampler, System
-from .saving import Keeper, RunState, finetuned, resumed, shifted_bias
+from .saving import Keeper, RunState
+from .starting import Start, finetuned, resumed, shifted_bias
 from .statistics import collect
 from .step import TrainingStep, signature
-from .weights import AllWeights, Owners, initial_weights, set_statistics, trained_names
+from .weights import AllWeights, Owners, initial_weights, set_statistics, trained_labels, trained_names
 
-__all__ = ["Shown", "Start", "Trainer"]
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run starts: from nothing, from a checkpoint of its own, or from a head of another."""
-
-    resume: Path | None = None
-    finetune: Path | None = None
-    #: head of `finetune`
-    head: str | None = None
+__all__ = ["Shown", "Trainer"]
 
 
 @dataclass(frozen=True)
@@ -104,8 +95,12 @@ class Trainer:
     # ---- start ---------------------------------------------------------------------------------------
 
     def _start(self, start: Start) -> RunState:
+        if self.ranks.is_first:
+            self.keeper.claim(resume=start.resume, finetune=start.finetune, force=start.force)
         if start.resume is not None:
-            return resumed(start.resume, self.plan)
+            state = resumed(start.resume, self.plan)
+            self.keeper.go_on(start.resume, state.step)
+            return state
         first = self._first_weights(start) if self.ranks.is_first else None
         weights, observed = self.ranks.from_first(first)
         n_tasks = len(self.plan.tasks)
@@ -115,9 +110,12 @@ class Trainer:
     def _first_weights(self, start: Start) -> tuple[AllWeights, dict[str, list[str]]]:
         plan = self.plan
         weights = initial_weights(plan.config, plan.models)
-        found = {task.name: collect(task.systems, task.model, task.config.model) for task in plan.tasks}
+        found = {
+            task.name: collect(task.systems, task.model, task.config.model, dialect=plan.dialect)
+            for task in plan.tasks
+        }
         probabilities = dict(zip(plan.models, map(float, plan.probabilities), strict=True))
-        set_statistics(weights, plan.config, plan.models, found, probabilities)
+        set_statistics(weights, plan.config, plan.models, found, probabilities, dialect=plan.dialect)
         if start.finetune is not None:
             finetuned(start.finetune, start.head, plan, weights)
             shifted_bias(plan, weights, self._residuals(weights))
@@ -145,9 +143,9 @@ class Trainer:
 
     def _parameters(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for task in self.plan.tasks:
-            for name in sorted(self._trained[task.name]):
-                found[f"{self._owners(task.name, name)}/{name}"] = self.weights[task.name][name]
+        for label in trained_labels(self.plan.config, self.plan.models):
+            head, _, name = label.rpartition("/")
+            found[label] = self.weights[head][name]
         return found
 
     def _optimizer(self) -> Optimizer:
@@ -194,7 +192,7 @@ class Trainer:
             The loss is not a number.
         """
         run, n_steps = self.plan.config.run, self.plan.schedule.n_steps
-        curve = LearningCurve(self.folder / "lcurve.csv", step=self.step) if self.ranks.is_first else None
+        curve = self._files() if self.ranks.is_first else None
         self._compile()
         began, saved = time.monotonic(), self.step
         with _interruptible() as asked:
@@ -213,6 +211,10 @@ class Trainer:
         if self.step > saved:
             self._save()
         return self.step == n_steps
+
+    def _files(self) -> LearningCurve:
+        self.keeper.clear()
+        return LearningCurve(self.folder / CURVE, step=self.step)
 
     def _compile(self) -> None:
         """Make every graph ready, and let it pass its self-check, on the first process before the others."""
@@ -240,7 +242,7 @@ class Trainer:
         if not math.isfinite(float(loss)):
             raise TrainingError(
                 f"the loss of task {task.name!r} is {float(loss)} at step {self.step + 1} (learning rate "
-                f"{lr:.3g}); lower start_lr or look at the data; {self.keeper._last_good()}"
+                f"{lr:.3g}); lower start_lr or look at the data; {self.keeper.last_good()}"
             )
         self._errors[k] = self._errors[k] + Errors.of(batch, result.energy, result.forces, result.virial)
         labels_of = (f"{self._owners(task.name, name)}/{name}" for name in names)
@@ -304,11 +306,11 @@ class Trainer:
 
     def _save(self) -> None:
         if not self.ranks.is_first:
+            self.keeper.saved_elsewhere(self.step)
             return
         self.keeper.save(self.state())
-        curve = self.folder / "lcurve.csv"
         for task in self.plan.tasks:
-            plot_curve(curve, task.name, self.folder / f"lcurve-{task.name}.png")
+            plot_curve(self.folder / CURVE, task.name, self.folder / PICTURE.format(task.name))
 
 
 def _default_fparam(task: Task) -> Tensor | None:

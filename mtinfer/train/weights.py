@@ -18,7 +18,7 @@ from ..models.hybrid import MEMBERS
 from .config import Link, TrainConfig
 from .statistics import TaskStatistics, environment_weights, merged, parameter_weights, stat_blocks
 
-__all__ = ["Owners", "initial_weights", "set_statistics", "trained_names"]
+__all__ = ["Owners", "initial_weights", "set_statistics", "trained_labels", "trained_names"]
 
 #: head -> canonical name -> tensor; heads that share a weight hold the same tensor
 AllWeights = dict[str, dict[str, Tensor]]
@@ -153,14 +153,30 @@ def trained_names(model: EnergyModel, config: Mapping[str, Any]) -> frozenset[st
     return frozenset(name for name in model.parameters() if is_trainable(name) and is_free(name))
 
 
+def trained_labels(config: TrainConfig, models: Mapping[str, EnergyModel]) -> list[str]:
+    """Labels ``<owner>/<name>`` of the weights that the optimizer may change, in its order."""
+    owners = Owners(config.links)
+    labels = {
+        f"{owners(task.name, name)}/{name}": None
+        for task in config.tasks
+        for name in sorted(trained_names(models[task.name], task.model))
+    }
+    return list(labels)
+
+
 def set_statistics(
     weights: AllWeights,
     config: TrainConfig,
     models: Mapping[str, EnergyModel],
     statistics: Mapping[str, TaskStatistics],
     probabilities: Mapping[str, float],
+    *,
+    dialect: str = "pt_expt",
 ) -> None:
-    """Put the statistics of the data into the weights, merged over heads that share them."""
+    """Put the statistics of the data into the weights, merged over heads that share them.
+
+    Heads count by their probabilities; for descriptors of "pt" alike, as in deepmd-kit.
+    """
     for task in config.tasks:
         head = task.name
         own, model, found = weights[head], models[head], statistics[head]
@@ -170,7 +186,7 @@ def set_statistics(
             described = _linked(config, block.prefix, head)
             moments = merged(
                 [statistics[other].moments[block.prefix] for other in described],
-                [probabilities[other] for other in described],
+                [1.0 if dialect == "pt" else probabilities[other] for other in described],
             )
             own |= environment_weights(block, moments, own[f"{block.prefix}.mean"].dtype)
         fitted = _linked(config, "fitting_net", head)

@@ -16,9 +16,16 @@ import torch
 
 HERE = Path(__file__).parent
 FRAMES = HERE / "frames"
-TASKS = {"water": 0.7, "copper": 0.3}
-#: one system per task, and its number of frames: as many batches are asked for, so that each is seen once
-SYSTEMS = {"water": ("water/H64O32_96", 4), "copper": ("copper/Cu32_32", 2)}
+TASKS = {"water": 0.5, "copper": 0.3, "vacancy": 0.2}
+SYSTEMS = {
+    "water": ["water/H64O32_96"],
+    "copper": ["copper/Cu32_32", "copper/Cu31_31"],
+    "vacancy": ["copper/Cu31_31"],
+}
+#: of one frame; systems have 4, 2 or 1, so that those which start over do so after whole rounds
+N_BATCHES = 4
+#: types whose atoms have no energy
+EXCLUDED = {"water": [0], "copper": [], "vacancy": []}
 DESCRIPTORS = {
     "se_e2_a": {
         "type": "se_e2_a",
@@ -81,7 +88,7 @@ DESCRIPTORS["hybrid"] = {
 
 
 def training_input(descriptor, frames=FRAMES):
-    """Input whose statistics see all frames, and whose heads share the descriptor with unequal weights."""
+    """Input whose statistics see all frames, some repeatedly; heads share the descriptor unequally."""
     fitting = {"neuron": [4], "resnet_dt": False}
     loss = {"type": "ener", "start_pref_v": 0.1, "limit_pref_v": 0.1}
     return {
@@ -92,7 +99,8 @@ def training_input(descriptor, frames=FRAMES):
                     "type_map": "types",
                     "descriptor": "desc",
                     "fitting_net": fitting,
-                    "data_stat_nbatch": SYSTEMS[name][1],
+                    "data_stat_nbatch": N_BATCHES,
+                    "atom_exclude_types": EXCLUDED[name],
                 }
                 for name in TASKS
             },
@@ -107,7 +115,7 @@ def training_input(descriptor, frames=FRAMES):
             "data_dict": {
                 name: {
                     "training_data": {
-                        "systems": [str(frames / SYSTEMS[name][0])],
+                        "systems": [str(frames / system) for system in SYSTEMS[name]],
                         "batch_size": 1,
                     }
                 }
@@ -117,13 +125,13 @@ def training_input(descriptor, frames=FRAMES):
     }
 
 
-def statistics(kind):
+def statistics(kind, dialect):
     """Statistics of one descriptor: key in the file, relative to the head -> rows, by head."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "input.json").write_text(json.dumps(training_input(DESCRIPTORS[kind])))
         command = [
             str(Path(sys.executable).with_name("dp")),
-            "--pt-expt",
+            f"--{dialect.replace('_', '-')}",
             "train",
             "input.json",
             "--skip-neighbor-stat",
@@ -144,5 +152,5 @@ if __name__ == "__main__":
     path = HERE / "training" / "statistics.json"
     made = json.loads(path.read_text()) if path.exists() else {}
     for kind in sys.argv[1:] or DESCRIPTORS:
-        made[kind] = statistics(kind)
+        made[kind] = {dialect: statistics(kind, dialect) for dialect in ("pt", "pt_expt")}
         path.write_text(json.dumps(made, indent=1) + "\n")

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_inputs import DESCRIPTORS, FITTING, SYSTEMS, config_of, plan_of, shared_input, training_input
+from tiny_inputs import (
+    DESCRIPTORS,
+    FITTING,
+    SYSTEMS,
+    TYPE_MAP,
+    config_of,
+    plan_of,
+    shared_input,
+    training_input,
+)
 
 from mtinfer.errors import ConfigError, DataError
+from mtinfer.models.activations import activation
+from mtinfer.train import schema
 from mtinfer.train.config import Link, read_config
 from mtinfer.train.plan import describe_plan
-from mtinfer.train.schedule import Schedule
-from mtinfer.train.schema import LEARNING_RATE, complete
+from mtinfer.train.schema import ABSENT, KINDS, REQUIRED, Section
 from mtinfer.train.weights import initial_weights
 
 
@@ -72,7 +82,7 @@ def test_hybrids_without_members_and_within_hybrids_are_refused(members: list[An
         config_of(_hybrids(members, members))
 
 
-def test_single_task_input_is_read() -> None:
+def _single_task_input() -> dict[str, Any]:
     content = training_input(dict.fromkeys(SYSTEMS, DESCRIPTORS["se_e2_a"]), dict.fromkeys(SYSTEMS, FITTING))
     own = content["training"].pop("data_dict")["copper"]
     del content["training"]["model_prob"]
@@ -80,7 +90,11 @@ def test_single_task_input_is_read() -> None:
     content["loss"] = content.pop("loss_dict")["copper"]
     content["model"] = content["model"]["model_dict"]["copper"] | {"type_map": ["Cu"]}
     content["model"]["descriptor"]["sel"] = [20]
-    config = config_of(content)
+    return content
+
+
+def test_single_task_input_is_read() -> None:
+    config = config_of(_single_task_input())
     assert not config.multitask
     assert [task.name for task in config.tasks] == ["Default"]
 
@@ -119,11 +133,123 @@ WRONG: list[tuple[Change, str]] = [
     (_set("training/model_prob", {"copper": 0, "clusters": 0}), r"all entries are 0"),
     (_set("training/acc_freq", 2), r"training.acc_freq is 2, which is not supported; supported: 1"),
     (_set("training/numb_epoch", 2), r"training gives numb_steps and numb_epoch; give one of"),
-    (_set("training/save_freq", 0), r"training.save_freq is 0; expected a positive number"),
-    (_set("training/data_dict/copper/training_data/batch_size", "mixed:4"), r"batch_size is 'mixed:4'; supp"),
+    (_set("training/save_freq", 0), r"training.save_freq is 0; expected a positive integer"),
+    (_set("training/ema_ckpt_keep", 0), r"training.ema_ckpt_keep is 0; expected a positive integer"),
+    (_set("training/save_ckpt", "."), r"training.save_ckpt is '.'; expected a name, as in 'model.ckpt'"),
+    (_set("training/data_dict/copper/training_data/batch_size", "mixed:4"), r"batch_size is 'mixed:4'; exp"),
     (_set("optimizer", {"type": "LKF"}), r"optimizer.type is 'LKF'.*supported: Adam, AdamW"),
     (_set("learning_rate/type", "linear"), r"learning_rate.type is 'linear', which is not supported"),
-    (_set("validating", {"full_validation": True}), r"validating.full_validation is true"),
+    (_set("validating", {"full_validation": True}), r"validating.full_validation is True"),
+]
+
+
+_DESC, _FIT, _DATA = (
+    "model/shared_dict/desc/",
+    "model/model_dict/copper/fitting_net/",
+    "training/data_dict/copper/",
+)
+_HEAD, _RATE, _LOSS = "model/model_dict/copper/", "learning_rate/", "loss_dict/copper/"
+#: paths of keys, a value that they do not take, and what is said
+_VALUES: list[tuple[str, Any, str]] = [
+    (_DESC + "sel", -5, "is -5; expected a positive integer, a list of one per entry of type_map, 'auto' or"),
+    (_DESC + "sel", None, "is None; expected a positive integer"),
+    (_DESC + "sel", "auto:0", "is 'auto:0'; expected a positive integer"),
+    (_DESC + "rcut", 0, "is 0; expected a positive number"),
+    (_DESC + "rcut_smth", 3.5, "is 3.5; expected less than rcut, which is 3.5"),
+    (_DESC + "axis_neuron", 100, "is 100; expected at most neuron, which is 8"),
+    (_DESC + "neuron", [4, -8], "is [4, -8]; expected a list of positive integers"),
+    (_DESC + "neuron", 5, "is 5; expected a list of positive integers"),
+    (_DESC + "exclude_types", [[7, 8]], "is [[7, 8]]; expected indices into type_map, 0 to 2"),
+    (_DESC + "exclude_types", [0, 1], "is [0, 1]; expected a list of pairs of indices"),
+    (_DESC + "seed", -1, "is -1; expected an integer that is not negative"),
+    (_DESC + "seed", [1, 2], "is [1, 2]; expected an integer that is not negative"),
+    (_DESC + "activation_function", "foo", "is 'foo'; expected an activation function: tanh, relu"),
+    (_DESC + "activation_function", "silut:x", "is 'silut:x'; expected an activation function"),
+    (_DESC + "activation_function", "silut:nan", "is 'silut:nan'; expected an activation function"),
+    (_DESC + "rcut_smth", -0.1, "is -0.1; expected a number that is not negative"),
+    (_DESC + "tebd_input_mode", "sum", "is 'sum', which is not supported; supported: 'concat', 'strip'"),
+    (_DESC + "lmax", "a", "is 'a', which is not supported; supported: 1"),
+    (_HEAD + "atom_exclude_types", [9], "is [9]; expected indices into type_map, 0 to 2"),
+    (_HEAD + "pair_exclude_types", [[0, 3]], "is [[0, 3]]; expected indices into type_map, 0 to 2"),
+    (_HEAD + "preset_out_bias", {"energy": [1.0]}, ".energy is [1.0]; expected a list of 3, one per entry"),
+    (_HEAD + "preset_out_bias", {"dipole": [1.0]}, "expected {'energy': [...]}"),
+    (_HEAD + "info", 5, "is 5; expected a section {...}"),
+    (_HEAD + "data_stat_nbatch", 0, "is 0; expected a positive integer"),
+    (_HEAD + "data_stat_nbatch", "a", "is 'a'; expected a positive integer"),
+    (_HEAD + "type_map", [["H"]], "is [['H']]; expected a list of names"),
+    (_HEAD + "type_map", ["H", "H"], "is ['H', 'H']; expected a list of different elements"),
+    (_HEAD + "model_branch_alias", 5, "is 5; expected a list of names"),
+    (_FIT + "atom_ener", [1.0], "is [1.0]; expected a list of 3, one per entry of type_map"),
+    (_FIT + "default_fparam", [1.0], "is [1.0]; expected 0 numbers, as numb_fparam says"),
+    (_FIT + "resnet_dt", "x", "is 'x'; expected true or false"),
+    (_LOSS + "start_pref_e", "a", "is 'a'; expected a number that is not negative"),
+    (_LOSS + "start_pref_f", -1, "is -1; expected a number that is not negative"),
+    (_LOSS + "limit_pref_f", None, "is None; expected a number that is not negative"),
+    (_LOSS + "intensive_ener_virial", "a", "is 'a'; expected true or false"),
+    (_RATE + "start_lr", "abc", "is 'abc'; expected a positive number"),
+    (_RATE + "stop_lr", "abc", "is 'abc'; expected a number that is not negative"),
+    (_RATE + "decay_rate", "abc", "is 'abc'; expected a number above 0 and up to 1"),
+    (_RATE + "decay_rate", 0, "is 0; expected a number above 0 and up to 1"),
+    (_RATE + "decay_rate", 2, "is 2; expected a number above 0 and up to 1"),
+    ("training/enable_ema", "x", "is 'x'; expected true or false"),
+    ("training/ema_decay", 1, "is 1; expected a number from 0 to below 1"),
+    ("training/gradient_max_norm", None, "is None; expected a number that is not negative"),
+    ("training/numb_steps", 10.5, "is 10.5; expected a positive integer"),
+    ("training/numb_steps", -5, "is -5; expected a positive integer"),
+    ("training/seed", -1, "is -1; expected an integer that is not negative"),
+    ("training/save_ckpt", 5, "is 5; expected a name"),
+    ("training/model_prob", 3, "is 3; expected a section {...}"),
+    (_DATA + "training_data/sys_probs", 3, "is 3; expected a list of numbers that are not negative"),
+    (
+        _DATA + "training_data/sys_probs",
+        [float("nan"), 1],
+        "expected a list of numbers that are not negative",
+    ),
+    (_DATA + "training_data/auto_prob", "prob_x", "is 'prob_x'; expected prob_uniform or prob_sys_size"),
+    (_DATA + "training_data/systems", [], "is []; expected a path or a list of paths"),
+    (_DATA + "validation_data/numb_btch", -1, "is -1; expected a positive integer"),
+    (_DATA + "validation_data/numb_btch", "10%", "is '10%'; expected a positive integer"),
+    ("optimizer", {"adam_beta1": 1.5}, "adam_beta1 is 1.5; expected a number from 0 to below 1"),
+    ("optimizer", {"adam_beta1": "a"}, "adam_beta1 is 'a'; expected a number from 0 to below 1"),
+    ("optimizer", {"type": ["Adam"]}, "optimizer.type is ['Adam'], which is not supported; supported: Adam,"),
+    ("model/model_dict/copper", 5, "model_dict.copper is 5; expected a section {...}"),
+    ("model/model_dict/a.b", {}, "model_dict has the head 'a.b'; expected a name without '.'"),
+    ("model/shared_dict", 5, "model.shared_dict is 5; expected a section {...}"),
+    (_DESC + "trainable", 1, "is 1; expected true or false"),
+]
+WRONG += [(_set(path, value), re.escape(text)) for path, value, text in _VALUES]
+#: settings of deepmd-kit that are not taken
+WRONG += [
+    (_set(path + key, value), f"'{key}' in .*{text}")
+    for path, key, value, text in (
+        (_HEAD, "modifier", {}, "is not supported; leave it out"),
+        (_HEAD, "hessian_mode", True, "is not supported; leave it out"),
+        (_HEAD, "compress", {}, "is not supported; leave it out"),
+        (_HEAD, "finetune_head", "a", "give --finetune CHECKPOINT --head HEAD to mtinfer train"),
+        ("training/", "opt_type", "Adam", "belongs in the section optimizer, as 'type'"),
+        ("training/", "adam_beta1", 0.9, "belongs in the section optimizer"),
+        ("training/", "weight_decay", 0.9, "belongs in the section optimizer"),
+        ("training/", "warmup_steps", 9, "belongs in the section learning_rate"),
+        ("training/", "set_prefix", "set", "has no effect.*leave it out"),
+        (_DATA + "training_data/", "set_prefix", "set", "has no effect.*leave it out"),
+        (_DATA + "training_data/", "numb_test", 9, "is no longer a setting; give validation_data"),
+        ("", "nvnmd", {}, "is not supported; leave it out"),
+    )
+]
+WRONG += [
+    (
+        _set("training/stop_batch", 5),
+        r"training has 'numb_steps' under two names, of which one is 'stop_batch'",
+    ),
+    (_set("validating", 5), r"^validating is 5; expected a section"),
+    (_set("training/tensorboard", True), r"training.tensorboard is True, which is not supported"),
+    (_set("training/change_bias_after_training", True), r"change_bias_after_training is True, which is not"),
+    (_set("training/num_epoch_dict", {"copper": 1}), r"training gives model_prob and num_epoch_dict"),
+    (
+        _set("loss", {"type": "ener"}),
+        r"loss is given, but the input is for several tasks.*which has loss_dict",
+    ),
+    (_set("training/training_data", {"systems": "a"}), r"training.training_data is given, but .* several"),
 ]
 
 
@@ -136,11 +262,148 @@ def test_a_wrong_input_is_refused_in_one_line(change: Change, text: str) -> None
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("loss_dict", {"copper": {}}),
+        ("training/data_dict", {"copper": {}}),
+        ("training/model_prob", {"Default": 1}),
+    ],
+)
+def test_an_input_for_one_task_has_nothing_for_several(path: str, value: Any) -> None:
+    content = _single_task_input()
+    _set(path, value)(content)
+    text = f"{path.replace('/', '.')} is given, but the input is for one task (no model.model_dict)"
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        config_of(content)
+
+
+@pytest.mark.parametrize("part", ["descriptor", "fitting_net"])
+def test_what_is_shared_has_one_type_map(part: str) -> None:
+    descriptors = {"clusters": DESCRIPTORS["dpa1strip"], "copper": DESCRIPTORS["dpa1strip"]}
+    fittings = dict.fromkeys(SYSTEMS, FITTING)
+    if part == "descriptor":
+        descriptors |= {"clusters": "desc", "copper": "desc:1"}
+    else:
+        fittings = dict.fromkeys(SYSTEMS, "fit")
+    content = training_input(descriptors, fittings)
+    content["model"]["model_dict"]["copper"]["type_map"] = ["O", "H", "Cu"]
+    text = (
+        rf"heads 'clusters' and 'copper' share the {part} '\w+' but have different type maps, .* same order"
+    )
+    with pytest.raises(ConfigError, match=text):
+        config_of(content)
+
+
+def test_entries_of_type_se_e2_a_have_a_count_each() -> None:
+    for sel in ([10, 6], 30):
+        content = shared_input("se_e2_a")
+        content["model"]["shared_dict"]["desc"]["sel"] = sel
+        with pytest.raises(
+            ConfigError, match=re.escape(f"sel is {sel}; expected a list of 3, one per entry")
+        ):
+            config_of(content)
+
+
+def test_a_head_that_begins_with_an_underscore_is_a_comment() -> None:
+    content = shared_input("dpa1strip")
+    content["model"]["model_dict"]["_old"] = {"anything": 1}
+    assert [task.name for task in config_of(content).tasks] == list(SYSTEMS)
+    content["model"]["model_dict"] = {"_old": {}}
+    with pytest.raises(ConfigError, match="model_dict names no head; give at least one"):
+        config_of(content)
+
+
+def _sections(found: object) -> Iterator[Section]:
+    if isinstance(found, Section):
+        yield found
+        yield from _sections(dict(found.inner))
+    elif isinstance(found, dict):
+        for entry in found.values():
+            yield from _sections(entry)
+
+
+def test_every_key_has_a_kind_and_every_default_is_of_it() -> None:
+    used = set()
+    for section in _sections(vars(schema)):
+        for key, default in section.defaults.items():
+            used.add(key)
+            if key in section.only:
+                assert default in section.only[key] or default is ABSENT, key
+            elif not isinstance(default, bool):
+                assert key in KINDS, key
+                if default is not None and default is not ABSENT and default is not REQUIRED:
+                    KINDS[key].check(default, key)
+        assert set(section.refused).isdisjoint(section.defaults)
+        assert {key for first, _, other in section.order for key in (first, other)} <= set(section.defaults)
+    assert set(KINDS) <= used
+
+
+def test_all_activation_functions_that_are_named_are_known() -> None:
+    _, _, names = KINDS["activation_function"].words.partition(": ")
+    for name in names.replace("[:threshold]", ":2.0").split(", "):
+        activation(name)
+
+
+_JUNK: list[Any] = [None, -1, 1.5, float("nan"), 10**400, True, "a", [], [["a"]], {"a": 1}]
+
+
+def _places(section: Any) -> Iterator[tuple[Any, Any]]:
+    for key in list(section) if isinstance(section, dict) else range(len(section)):
+        yield section, key
+        if isinstance(section[key], dict | list):
+            yield from _places(section[key])
+
+
+def _said(content: dict[str, Any]) -> str:
+    try:
+        config_of(content)
+    except ConfigError as err:
+        return str(err)
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["se_e2_a", "dpa1", "dpa2", "dpa3"])
+def test_no_value_ends_in_a_traceback(kind: str) -> None:
+    content = _single_task_input()
+    content["model"] |= {"descriptor": copy.deepcopy(DESCRIPTORS[kind]), "type_map": TYPE_MAP}
+    config = config_of(content)
+    content["model"] = copy.deepcopy(config.tasks[0].model)
+    content["learning_rate"] = copy.deepcopy(config.learning_rate)
+    refused = 0
+    for section, key in _places(content):
+        kept = section[key]
+        for value in _JUNK:
+            section[key] = value
+            said = _said(content)
+            refused += bool(said)
+            assert "\n" not in said
+        section[key] = kept
+    assert refused > 500
+
+
 def test_case_embedding_needs_a_place_for_every_head() -> None:
     content = shared_input("dpa1strip", fitting=True)
     content["model"]["shared_dict"]["fit"]["dim_case_embd"] = 1
     with pytest.raises(ConfigError, match=r"dim_case_embd is 1; with 2 heads it must be at least 2"):
         config_of(content)
+
+
+def test_the_older_spelling_fixes_standard_deviations_at_their_default() -> None:
+    content = shared_input("dpa3")
+    repflow = content["model"]["shared_dict"]["desc"]["repflow"]
+    repflow["fix_stat_std"] = 0.0
+    for skip_stat, expected in ((False, 1.0), (True, 0.3)):
+        repflow["skip_stat"] = skip_stat
+        plan = plan_of(content)
+        weights = initial_weights(plan.config, plan.models)["copper"]
+        assert set(weights["descriptor.repflows.stddev"].flatten().tolist()) == {expected}
+
+
+def test_as_many_averaged_checkpoints_are_kept_as_others() -> None:
+    given = {"max_ckpt_keep": 3}
+    assert config_of(shared_input("dpa1strip", **given)).run.ema_ckpt_keep == 3
+    assert config_of(shared_input("dpa1strip", **given, ema_ckpt_keep=1)).run.ema_ckpt_keep == 1
 
 
 def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
@@ -185,61 +448,3 @@ def test_epochs_set_probabilities_and_steps() -> None:
     # 6 and 3 batches, drawn in proportion to the number of batches of each system
     assert plan.schedule.n_steps == 6 + 18
     assert plan.probabilities == pytest.approx([1 / 4, 3 / 4])
-
-
-def _schedule(n_steps: int, **given: Any) -> Schedule:
-    config = complete({"start_lr": 1e-3, "stop_lr": 1e-5, **given}, LEARNING_RATE, "learning_rate")
-    return Schedule.from_config(config, n_steps)
-
-
-def test_exponential_schedule() -> None:
-    schedule = _schedule(1000, decay_steps=100)
-    assert schedule(0) == schedule(99) == 1e-3
-    assert schedule(100) == pytest.approx(1e-3 * 0.01**0.1, rel=1e-14)
-    assert schedule(999) == pytest.approx(1e-3 * 0.01**0.9, rel=1e-14)
-    # a period longer than the training is replaced
-    assert _schedule(400).decay_steps == 5
-    assert _schedule(2000).decay_steps == 100
-    assert _schedule(1000, decay_steps=10, decay_rate=0.1)(500) == 1e-5
-    assert _schedule(1000, decay_steps=100, smooth=True)(50) == pytest.approx(1e-3 * 0.01**0.05, rel=1e-14)
-
-
-def test_warm_up_is_linear() -> None:
-    schedule = _schedule(1010, warmup_steps=10, warmup_start_factor=0.5, decay_steps=100)
-    assert schedule(0) == 5e-4
-    assert schedule(5) == pytest.approx(7.5e-4)
-    assert schedule(10) == 1e-3
-    assert schedule(110) == pytest.approx(1e-3 * 0.01**0.1, rel=1e-14)
-    assert _schedule(100, warmup_ratio=0.1).n_warmup == 10
-
-
-def test_cosine_schedule() -> None:
-    schedule = _schedule(100, type="cosine")
-    assert schedule(0) == 1e-3
-    assert schedule(50) == pytest.approx(0.5 * (1e-3 + 1e-5))
-    assert schedule(25) == pytest.approx(1e-5 + (1e-3 - 1e-5) * 0.5 * (1 + math.sqrt(0.5)))
-
-
-@pytest.mark.parametrize(
-    ("decay_type", "halfway"),
-    [("inverse_linear", 1 / (0.5 / 1e-5 + 0.5 / 1e-3)), ("linear", 5.05e-4), ("cosine", 5.05e-4)],
-)
-def test_stable_and_decay_schedule(decay_type: str, halfway: float) -> None:
-    schedule = _schedule(1000, type="wsd", decay_phase_ratio=0.2, decay_type=decay_type)
-    assert schedule(0) == schedule(800) == 1e-3
-    assert schedule(900) == pytest.approx(halfway)
-    assert schedule(1000) == pytest.approx(1e-5)
-
-
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [
-        ({"stop_lr_ratio": 0.1}, "one of 'stop_lr' and 'stop_lr_ratio'"),
-        ({"warmup_steps": 10, "warmup_ratio": 0.1}, "give one of them"),
-        ({"warmup_steps": 1000}, "warm-up of 1000 steps in a training of 1000"),
-        ({"decay_steps": 0}, "decay_steps is 0; it must be positive"),
-    ],
-)
-def test_contradicting_learning_rates_are_refused(given: dict[str, Any], text: str) -> None:
-    with pytest.raises(ConfigError, match=text):
-        _schedule(1000, **given)

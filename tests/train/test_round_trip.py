@@ -79,16 +79,36 @@ def test_verify_sees_through_poison(tmp_path: Path) -> None:
     assert clean.evaluate(atoms, "copper").energy == poisoned.evaluate(atoms, "copper").energy
 
 
-def test_verify_fails_where_the_numbers_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(tmp_path, "dpa1strip", True, "off", 2)
+@pytest.mark.parametrize(("noise", "accepted"), [(1e-7, True), (1e-3, False)])
+def test_verify_allows_what_the_least_precise_network_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: float, accepted: bool
+) -> None:
+    content = shared_input("dpa1strip", numb_steps=2)
+    content["model"]["shared_dict"]["desc"]["precision"] = "float32"
+    trainer = Trainer(plan_of(content), tmp_path, mode="off")
+    trainer.run()
+    assert trainer.plan.tasks[0].model.fitting.dtype == torch.float64
+    add_to_forces(monkeypatch, noise)
+    found = list(verify(tmp_path / "model.ckpt.pt", compiled=False))
+    assert [d.accepted for d in found if d.way == "training"] == [accepted] * len(SYSTEMS)
+
+
+def add_to_forces(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
+    """Make the training function wrong."""
     import mtinfer.train.verify as module
 
-    def wrong(*arguments: Any) -> Any:
-        energy, forces, virial = module_predict(*arguments)
-        return energy, forces + 1e-6, virial
+    right = module.predict
 
-    module_predict = module.predict
+    def wrong(*arguments: Any) -> Any:
+        energy, forces, virial = right(*arguments)
+        return energy, forces + noise, virial
+
     monkeypatch.setattr(module, "predict", wrong)
+
+
+def test_verify_fails_where_the_numbers_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, "dpa1strip", True, "off", 2)
+    add_to_forces(monkeypatch, 1e-6)
     result = CliRunner().invoke(verify_command, [str(tmp_path / "model.ckpt.pt"), "--compile", "off"])
     assert result.exit_code != 0
     assert "differs" in result.output

@@ -11,7 +11,7 @@ from tiny_inputs import plan_of, shared_input
 from mtinfer.errors import ConfigError
 from mtinfer.train.config import DataConfig
 from mtinfer.train.plan import Plan
-from mtinfer.train.sampling import Sampler, system_probabilities
+from mtinfer.train.sampling import Batches, Sampler, system_probabilities
 
 
 def sampler_of(plan: Plan, rank: int = 0, n_ranks: int = 1, drawn: list[list[int]] | None = None) -> Sampler:
@@ -37,6 +37,19 @@ def test_every_frame_is_seen_once_per_pass() -> None:
             n = [seen[task, index, (k,)] for k in range(len(plan.tasks[task].systems[index].frames))]
             assert sum(n) == count
             assert max(n) - min(n) <= 1
+
+
+def test_a_system_of_one_batch_is_prepared_once() -> None:
+    content = shared_input("dpa1strip")
+    for own in content["training"]["data_dict"].values():
+        own["training_data"]["batch_size"] = 100
+    plan = plan_of(content)
+    sampler = sampler_of(plan)
+    batches = Batches([task.model for task in plan.tasks], [None] * len(plan.tasks))
+    for step in range(60):
+        task, index, chosen = sampler.draw(step)
+        batches(task, index, plan.tasks[task].systems[index], chosen)
+    assert len(batches._kept) == sum(len(task.systems) for task in plan.tasks)
 
 
 def test_ranks_draw_one_system_and_share_its_batches() -> None:

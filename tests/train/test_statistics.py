@@ -10,14 +10,22 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from tiny_inputs import FRAMES, SYSTEMS, plan_of, shared_input
+from tiny_inputs import FITTING, FRAMES, SYSTEMS, plan_of, shared_input
+from torch import Tensor
 
 from mtinfer.checkpoint.dialects import canonical_name
 from mtinfer.data import Frame
 from mtinfer.data.frame import make_frame
-from mtinfer.train.config import parse_config
-from mtinfer.train.plan import make_plan
-from mtinfer.train.statistics import collect, energy_bias, mean_and_std, merged, parameter_weights
+from mtinfer.train.plan import Plan
+from mtinfer.train.sampling import System
+from mtinfer.train.statistics import (
+    collect,
+    energy_bias,
+    mean_and_std,
+    merged,
+    parameter_weights,
+    times_drawn,
+)
 from mtinfer.train.weights import initial_weights, set_statistics
 
 STORED = Path(__file__).parents[1] / "data" / "training" / "statistics.json"
@@ -29,28 +37,88 @@ def _stored() -> dict[str, Any]:
     return dict(json.loads(STORED.read_text()))
 
 
+def _statistics(plan: Plan) -> dict[str, dict[str, Tensor]]:
+    """Weights of a plan after its data set the statistics."""
+    weights = initial_weights(plan.config, plan.models)
+    found = {
+        task.name: collect(task.systems, task.model, task.config.model, dialect=plan.dialect)
+        for task in plan.tasks
+    }
+    probabilities = dict(zip(plan.models, plan.probabilities, strict=True))
+    set_statistics(weights, plan.config, plan.models, found, probabilities, dialect=plan.dialect)
+    return weights
+
+
+@pytest.mark.parametrize("dialect", ["pt", "pt_expt"])
 @pytest.mark.parametrize("kind", ["se_e2_a", "dpa1", "dpa2", "dpa3", "hybrid"])
-def test_statistics_equal_those_of_deepmd_kit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_equal_those_of_deepmd_kit(
+    kind: str, dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(FRAMES.parent))
     import make_statistics
 
     content = make_statistics.training_input(make_statistics.DESCRIPTORS[kind])
-    plan = make_plan(parse_config(content, Path("input.json")))
-    weights = initial_weights(plan.config, plan.models)
-    found = {task.name: collect(task.systems, task.model, task.config.model) for task in plan.tasks}
-    probabilities = dict(zip(plan.models, plan.probabilities, strict=True))
-    set_statistics(weights, plan.config, plan.models, found, probabilities)
-    stored = _stored()[kind]
+    weights = _statistics(plan_of(content, dialect=dialect))
+    stored = _stored()[kind][dialect]
     assert set(stored) == set(weights)
     for head, entries in stored.items():
         for key, expected in entries.items():
-            name = str(canonical_name("pt_expt", key))
+            name = str(canonical_name(dialect, key))
             got = weights[head][name]
             rows = got[:, 0] if got.dim() == 3 and got.shape[0] > 1 else got.reshape(-1)
             np.testing.assert_allclose(
                 rows, expected, rtol=TOLERANCE, atol=TOLERANCE, err_msg=f"{head} {name}"
             )
     assert any(np.abs(entries[key]).max() > 0.1 for entries in stored.values() for key in entries)
+
+
+def test_a_head_that_is_never_drawn_counts_for_no_other() -> None:
+    weights = _statistics(
+        plan_of(shared_input("dpa1strip", fitting=True, model_prob={"clusters": 0, "copper": 1}))
+    )
+    alone = shared_input("dpa1strip")
+    alone["model"]["model_dict"] = {"copper": alone["model"]["model_dict"]["copper"]}
+    for section in (alone["loss_dict"], alone["training"]["data_dict"], alone["training"]["model_prob"]):
+        del section["clusters"]
+    expected = _statistics(plan_of(alone))["copper"]
+    for head in ("clusters", "copper"):
+        for name in ("mean", "stddev"):
+            full = f"descriptor.se_atten.{name}"
+            torch.testing.assert_close(weights[head][full], expected[full])
+
+
+@pytest.mark.parametrize(
+    ("n_frames", "batch_size", "n_batches", "pt", "pt_expt"),
+    [
+        (3, 1, 2, [1, 1, 0], [1, 1, 0]),
+        (3, 1, 6, [1, 1, 1], [2, 2, 2]),
+        (3, 1, 7, [1, 1, 1], [3, 2, 2]),
+        (3, 2, 2, [1, 1, 1], [2, 1, 1]),
+        (2, 8, 3, [1, 1], [3, 3]),
+    ],
+)
+def test_frames_count_as_often_as_they_are_drawn(
+    n_frames: int, batch_size: int, n_batches: int, pt: list[int], pt_expt: list[int]
+) -> None:
+    system = System((_frame("H", None),) * n_frames, batch_size)
+    assert times_drawn(system, n_batches, "pt") == pt
+    assert times_drawn(system, n_batches, "pt_expt") == pt_expt
+
+
+def test_parameters_count_as_often_as_their_frames() -> None:
+    content = shared_input("dpa1strip")
+    task = content["model"]["model_dict"]["copper"]
+    task |= {"fitting_net": {**FITTING, "numb_fparam": 1, "default_fparam": [2.0]}, "data_stat_nbatch": 4}
+    plan = plan_of(content)
+    found = {
+        dialect: collect(
+            plan.tasks[1].systems, plan.tasks[1].model, plan.tasks[1].config.model, dialect=dialect
+        )
+        for dialect in ("pt", "pt_expt")
+    }
+    # systems of one and two frames
+    assert found["pt"].fparam.tolist() == [[3.0, 6.0, 12.0]]
+    assert found["pt_expt"].fparam.tolist() == [[8.0, 16.0, 32.0]]
 
 
 def _frame(symbols: str, energy: float | None) -> Frame:
@@ -73,10 +141,22 @@ def test_a_preset_energy_bias_is_kept() -> None:
     assert bias[0, 0, 0] == pytest.approx((2 * -2.0 + 4 * -4.5) / 20)
 
 
+def test_atoms_of_excluded_types_take_no_energy() -> None:
+    frames = [_frame("H2O", -4.0), _frame("H4O", -6.0), _frame("H2O2", -9.0)]
+    bias, std = energy_bias(frames, ["H", "O"], excluded=[0])
+    np.testing.assert_allclose(bias[0, :, 0], [0.0, (-4.0 - 6.0 - 2 * 9.0) / 6], atol=1e-12)
+    assert std[0, 0, 0] == pytest.approx(np.std([-4.0 + 28 / 6, -6.0 + 28 / 6, -9.0 + 2 * 28 / 6]))
+    preset, _ = energy_bias(frames, ["H", "O"], {"energy": [-1.0, None]}, excluded=[0])
+    np.testing.assert_allclose(preset[0, :, 0], [-1.0, bias[0, 1, 0]])  # kept, without effect
+
+
 def test_merged_sums_are_weighted_by_probability() -> None:
     base, link = torch.tensor([2.0, 6.0, 20.0]), torch.tensor([4.0, 4.0, 8.0])
     torch.testing.assert_close(merged([base, link], [0.25, 0.5]), base + 2.0 * link)
     torch.testing.assert_close(base, torch.tensor([2.0, 6.0, 20.0]))  # untouched
+    torch.testing.assert_close(merged([base, link], [0.0, 0.5]), link)
+    torch.testing.assert_close(merged([base, link, link], [0.0, 0.25, 0.75]), link)
+    torch.testing.assert_close(mean_and_std(merged([base, link], [0.0, 0.0])), mean_and_std(base + link))
 
 
 def test_standard_deviations_have_a_floor() -> None:

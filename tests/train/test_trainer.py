@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_inputs import plan_of, shared_input
+from tiny_inputs import DESCRIPTORS, SYSTEMS, plan_of, shared_input
 
 import mtinfer
 from mtinfer.checkpoint.load import read
-from mtinfer.errors import CheckpointError, TrainingError
-from mtinfer.train.trainer import Start, Trainer
+from mtinfer.errors import CheckpointError, OutputError, TrainingError
+from mtinfer.train.starting import Start
+from mtinfer.train.trainer import Trainer
 
 
 def trained(
@@ -61,6 +64,13 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learning curves are not drawn, which takes longer than all steps of a test."""
+    monkeypatch.setattr("mtinfer.train.trainer.plot_curve", lambda *_: None)
+
+
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("ema", [False, True])
 def test_a_resumed_run_equals_one_in_one_go(tmp_path: Path, ema: bool) -> None:
     options = {"enable_ema": ema, "disp_freq": 3}
@@ -74,6 +84,7 @@ def test_a_resumed_run_equals_one_in_one_go(tmp_path: Path, ema: bool) -> None:
     assert ("ema" in content(halfway)) == ema
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_averaged_weights_are_written_as_a_checkpoint(tmp_path: Path) -> None:
     trained(tmp_path, 4, enable_ema=True, ema_decay=0.9, save_freq=1)
     name = "fitting_net.nets.0.layers.0.w"
@@ -83,6 +94,7 @@ def test_averaged_weights_are_written_as_a_checkpoint(tmp_path: Path) -> None:
         torch.testing.assert_close(averages[k], 0.9 * averages[k - 1] + 0.1 * steps[k], rtol=0, atol=1e-14)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     trained(tmp_path, 6, save_freq=1, max_ckpt_keep=2)
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == [
@@ -91,6 +103,96 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
         "model.ckpt.pt",
     ]
     assert read(tmp_path / "model.ckpt.pt").step == 6
+
+
+def files(folder: Path) -> dict[str, bytes | str]:
+    """Content of every file, and where every link leads."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if not path.is_dir()
+    }
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_earlier_training_is_not_touched(tmp_path: Path) -> None:
+    trained(tmp_path, 6)
+    before = files(tmp_path)
+    message = (
+        f"'{tmp_path}' holds model.ckpt-6.pt of an earlier training; go on from it with --resume, choose "
+        "another --output, or replace it with --force"
+    )
+    with pytest.raises(OutputError, match=f"^{re.escape(message)}$"):
+        trained(tmp_path, 3)
+    assert files(tmp_path) == before
+    for path in tmp_path.glob("*.pt"):
+        path.unlink()
+    with pytest.raises(OutputError, match=r"holds lcurve\.csv of an earlier training"):
+        trained(tmp_path, 3)
+    # the file of a run that never came to a row is in nobody's way
+    (tmp_path / "lcurve.csv").write_text((tmp_path / "lcurve.csv").read_text().splitlines()[0] + "\n")
+    trained(tmp_path, 3)
+
+
+def test_an_earlier_training_is_replaced_by_force(tmp_path: Path) -> None:
+    trained(tmp_path / "run", 6, enable_ema=True)
+    (tmp_path / "run" / "model.ckpt-best.pt").touch()
+    options = {"save_freq": 1, "max_ckpt_keep": 2}
+    again = trained(tmp_path / "run", 3, start=Start(force=True), **options)
+    trained(tmp_path / "new", 3, **options)
+    (tmp_path / "new" / "model.ckpt-best.pt").touch()
+    assert files(tmp_path / "run").keys() == files(tmp_path / "new").keys()
+    assert os.readlink(tmp_path / "run" / "model.ckpt.pt") == "model.ckpt-3.pt"
+    assert again.keeper.newest == tmp_path / "run" / "model.ckpt-3.pt"
+    source = Start(finetune=tmp_path / "run" / "model.ckpt.pt", head="copper", force=True)
+    with pytest.raises(OutputError, match="would be removed by --force; choose another --output"):
+        trained(tmp_path / "run", 3, start=source)
+    assert again.keeper.newest.exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_resumed_run_removes_only_its_own_checkpoints(tmp_path: Path) -> None:
+    options = {"save_freq": 1, "max_ckpt_keep": 2, "enable_ema": True, "ema_ckpt_keep": 1}
+    trained(tmp_path, 6, **options)
+    kept = {f"model.ckpt{name}.pt" for name in ("", "-5", "-6", "_ema", "_ema-6")}
+    assert {path.name for path in tmp_path.glob("*.pt")} == kept
+    # from the last but one: the last belongs to no past of this run until it is written again
+    trained(tmp_path, 9, start=Start(resume=tmp_path / "model.ckpt-5.pt"), stop=6, **options)
+    assert {path.name for path in tmp_path.glob("*.pt")} == kept
+    trained(tmp_path, 9, start=Start(resume=tmp_path / "model.ckpt.pt"), **options)
+    kept = {f"model.ckpt{name}.pt" for name in ("", "-8", "-9", "_ema", "_ema-9")}
+    assert {path.name for path in tmp_path.glob("*.pt")} == kept
+    # elsewhere, the folder of the source is left alone
+    before = files(tmp_path)
+    elsewhere = trained(tmp_path / "a", 12, start=Start(resume=tmp_path / "model.ckpt-9.pt"), **options)
+    assert before == {name: found for name, found in files(tmp_path).items() if not name.startswith("a/")}
+    assert elsewhere.keeper.newest == tmp_path / "a" / "model.ckpt-12.pt"
+    with pytest.raises(OutputError, match=r"holds model\.ckpt-12\.pt of an earlier training"):
+        trained(tmp_path / "a", 12, start=Start(resume=tmp_path / "model.ckpt-9.pt"), **options)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_checkpoints_may_have_a_folder_of_their_own(tmp_path: Path) -> None:
+    options = {"save_ckpt": "kept/best", "disp_freq": 3}
+    trained(tmp_path, 4, stop=2, **options)
+    trained(tmp_path, 4, start=Start(resume=tmp_path / "kept" / "best.pt"), **options)
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"best-2.pt", "best-4.pt", "best.pt"}
+    assert {row["step"] for row in rows(tmp_path)} == {"3", "4"}
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_there_is_always_a_newest_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unlink = Path.unlink
+
+    def watched(path: Path, **options: Any) -> None:
+        assert path.name != "model.ckpt.pt"
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    trained(tmp_path, 3, save_freq=1)
+    assert read(tmp_path / "model.ckpt.pt").step == 3
+    assert not [name for name in files(tmp_path) if name.endswith(".tmp")]
 
 
 def test_learning_curve_has_a_row_and_a_picture_for_every_task(tmp_path: Path) -> None:
@@ -107,6 +209,7 @@ def test_learning_curve_has_a_row_and_a_picture_for_every_task(tmp_path: Path) -
     assert (tmp_path / "lcurve-copper.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_training_lowers_the_error(tmp_path: Path) -> None:
     trained(tmp_path, 60, disp_freq=30, save_freq=1000)
     first, last = (
@@ -120,6 +223,7 @@ def test_training_lowers_the_error(tmp_path: Path) -> None:
     assert trainer.step == 1
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_parameters_of_tasks_not_drawn_are_not_stepped(tmp_path: Path) -> None:
     options: dict[str, Any] = {"model_prob": {"clusters": 1.0, "copper": 0.0}, "save_freq": 100}
     plan = plan_of(shared_input("dpa1strip", **options))
@@ -135,6 +239,7 @@ def test_parameters_of_tasks_not_drawn_are_not_stepped(tmp_path: Path) -> None:
     assert {names[k] for k in trainer.optimizer.state_dict()["state"]} == changed
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_frozen_descriptor_stays(tmp_path: Path) -> None:
     given = shared_input("dpa1strip")
     given["model"]["shared_dict"]["desc"]["trainable"] = False
@@ -162,18 +267,34 @@ def test_gradients_are_clipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert min(norms) > 1e-3
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
-    plan = plan_of(shared_input("dpa1strip", numb_steps=50))
-    trainer = Trainer(plan, tmp_path, mode="off")
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("drawn", "message"),
+    [
+        ("copper", "the loss of task 'copper' is nan at step 6 "),
+        # the broken head is not drawn again, so that its weight is what stops the run
+        (
+            "clusters",
+            "the weight 'fitting_net.nets.0.layers.0.b' of head 'copper' is NaN or infinite after step 6",
+        ),
+    ],
+)
+def test_what_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path: Path, drawn: str, message: str
+) -> None:
+    chances = {task: float(task == drawn) for task in SYSTEMS}
+    trainer = Trainer(
+        plan_of(shared_input("dpa1strip", numb_steps=50, model_prob=chances)), tmp_path, mode="off"
+    )
 
     def tick(step: int) -> None:
         if step == 5:
             trainer.weights["copper"]["fitting_net.nets.0.layers.0.b"][0] = float("nan")
 
-    with pytest.raises(
-        TrainingError, match=r"the loss of task 'copper' is nan at step .*model.ckpt-4.pt|NaN or"
-    ):
+    with pytest.raises(TrainingError) as caught:
         trainer.run(tick=tick)
+    assert str(caught.value).startswith(message)
+    assert str(caught.value).endswith(f"the last good checkpoint is {tmp_path / 'model.ckpt-4.pt'}")
     assert read(tmp_path / "model.ckpt.pt").step == 4
     mtinfer.load(tmp_path / "model.ckpt.pt", compile=False)
 
@@ -209,8 +330,93 @@ def test_another_checkpoint_can_not_be_resumed(tmp_path: Path) -> None:
     plan = plan_of(shared_input("dpa1strip"))
     with pytest.raises(CheckpointError, match="holds no state of a training of mtinfer; use --finetune"):
         Trainer(plan, tmp_path, start=Start(resume=tmp_path / "foreign.pt"), mode="off")
-    with pytest.raises(CheckpointError, match=r"lacks the weight|has the weight|asks for"):
-        Trainer(plan_of(shared_input("se_e2_a")), tmp_path, start=Start(resume=path), mode="off")
+    with pytest.raises(
+        CheckpointError, match="is at step 2 of 2, and no step is left; give more with --steps"
+    ):
+        trained(tmp_path, 2, start=Start(resume=path))
+
+
+def reversed_heads(given: dict[str, Any]) -> None:
+    heads = given["model"]["model_dict"]
+    given["model"]["model_dict"] = dict(reversed(heads.items()))
+
+
+def frozen_descriptor(given: dict[str, Any]) -> None:
+    given["model"]["shared_dict"]["desc"]["trainable"] = False
+
+
+def another_activation(given: dict[str, Any]) -> None:
+    given["model"]["model_dict"]["copper"]["fitting_net"]["activation_function"] = "gelu"
+
+
+def another_descriptor(given: dict[str, Any]) -> None:
+    given["model"]["shared_dict"]["desc"] = DESCRIPTORS["se_e2_a"]
+
+
+def fewer_systems(given: dict[str, Any]) -> None:
+    given["training"]["data_dict"]["clusters"]["training_data"]["systems"].pop()
+
+
+def separate_descriptors(given: dict[str, Any]) -> None:
+    given["model"]["model_dict"]["copper"]["descriptor"] = given["model"]["shared_dict"]["desc"]
+
+
+def shared_fitting(given: dict[str, Any]) -> None:
+    given["model"]["shared_dict"]["fit"] = given["model"]["model_dict"]["copper"]["fitting_net"]
+    for head in given["model"]["model_dict"].values():
+        head["fitting_net"] = "fit"
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (reversed_heads, "it has the heads clusters, copper, and the input copper, clusters"),
+        (frozen_descriptor, "clusters.descriptor.trainable was True, and is False in the input"),
+        (another_activation, "copper.fitting_net.activation_function was 'tanh', and is 'gelu' in the input"),
+        (
+            another_descriptor,
+            "clusters.descriptor.type was 'se_atten', and is 'se_e2_a' in the input",
+        ),
+        (fewer_systems, "task 'clusters' had 3 systems, and has 2 in the input"),
+        (separate_descriptors, "it trained 23 weights, and the input trains 32"),
+        (
+            shared_fitting,
+            "heads 'clusters' and 'copper' share 'fitting_net.nets.0.layers.0.w' in the input only",
+        ),
+    ],
+)
+def test_only_the_input_that_was_trained_is_resumed(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str, named: bool
+) -> None:
+    trained(tmp_path, 2)
+    path = tmp_path / "model.ckpt-2.pt"
+    if not named:  # as in the first checkpoints of mtinfer
+        stored = content(path)
+        del stored["mtinfer"]["trained"]
+        torch.save(stored, path)
+    given = shared_input("dpa1strip", numb_steps=4)
+    change(given)
+    with pytest.raises(CheckpointError) as caught:
+        Trainer(plan_of(given), tmp_path, start=Start(resume=path), mode="off")
+    assert f"{str(path)!r} can't be resumed: {message}" in str(caught.value)
+    assert str(caught.value).endswith("; use the input that it was trained with, or --finetune")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_what_the_future_looks_like_may_change_on_resume(tmp_path: Path) -> None:
+    trained(tmp_path, 2)
+    given = shared_input("dpa1strip", numb_steps=5, seed=3, disp_freq=1, save_ckpt="other", enable_ema=True)
+    given["learning_rate"]["start_lr"] = 1e-4
+    given["loss_dict"]["copper"]["start_pref_e"] = 7.0
+    given["optimizer"] = {"type": "AdamW"}
+    given["model"]["shared_dict"]["desc"]["seed"] = 3
+    given["training"]["data_dict"]["copper"]["training_data"]["batch_size"] = 2
+    start = Start(resume=tmp_path / "model.ckpt-2.pt")
+    assert Trainer(plan_of(given), tmp_path, start=start, mode="off").run()
+    assert read(tmp_path / "other.pt").step == 5
+    assert read(tmp_path / "model.ckpt.pt").step == 2
 
 
 def test_no_checkpoint_holds_keys_of_a_compiled_graph(tmp_path: Path) -> None:

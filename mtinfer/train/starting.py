@@ -1,0 +1,198 @@
+"""How a run starts: from a checkpoint of its own, or from one head of another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.dialects import canonical_name
+from ..checkpoint.heads import DEFAULT_HEAD
+from ..checkpoint.load import check_weights, read
+from ..checkpoint.records import Checkpoint
+from ..errors import CheckpointError
+from .plan import Plan
+from .saving import OWN_ENTRY, RunState
+from .statistics import energy_bias
+from .weights import AllWeights, Owners, trained_labels
+
+__all__ = ["Start", "finetuned", "resumed", "shifted_bias"]
+
+#: entries of a head that decide what its weights mean and which of them are trained
+_FIXED = ("type_map", "descriptor", "fitting_net", "pair_exclude_types", "atom_exclude_types")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: from nothing, from a checkpoint of its own, or from a head of another."""
+
+    resume: Path | None = None
+    finetune: Path | None = None
+    #: head of `finetune`
+    head: str | None = None
+    #: whether to replace the files of an earlier training in the folder
+    force: bool = False
+
+
+def resumed(path: Path, plan: Plan) -> RunState:
+    """Read a checkpoint that this program wrote, to go on from it.
+
+    Optimizer state, draws and errors are stored by position: heads, their order, what they share, what is
+    trained and the number of systems must be those of the input, and so must the models.
+
+    Raises
+    ------
+    CheckpointError
+        It was not written by a training of this input, or no step is left.
+    """
+    checkpoint = read(path)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    own = content.get(OWN_ENTRY) if isinstance(content, dict) else None
+    if own is None or "optimizer" not in content:
+        raise CheckpointError(
+            f"{str(path)!r} can't be resumed: it holds no state of a training of mtinfer; use --finetune"
+        )
+    if difference := next(_differences(checkpoint, own, content["optimizer"], plan), None):
+        raise CheckpointError(
+            f"{str(path)!r} can't be resumed: {difference}; use the input that it was trained with, or "
+            "--finetune"
+        )
+    step, n_steps = int(checkpoint.step or 0), plan.schedule.n_steps
+    if step >= n_steps:
+        raise CheckpointError(
+            f"{str(path)!r} is at step {step} of {n_steps}, and no step is left; give more with --steps or "
+            "training.numb_steps"
+        )
+    owners = Owners(plan.config.links)
+    stored = {name: record.weights for name, record in checkpoint.heads.items()}
+    for head, model in plan.models.items():
+        check_weights(head, stored[head], model.parameters())
+    weights = {
+        head: {name: stored[owners(head, name)][name] for name in model.parameters()}
+        for head, model in plan.models.items()
+    }
+    return RunState(
+        step=step,
+        weights=weights,
+        optimizer=content["optimizer"],
+        drawn=own["drawn"],
+        errors=own["errors"],
+        ema=_stored_ema(content, plan),
+        observed={name: record.config["info"]["observed_type"] for name, record in checkpoint.heads.items()},
+    )
+
+
+def _differences(
+    checkpoint: Checkpoint, own: Mapping[str, Any], optimizer: Mapping[str, Any], plan: Plan
+) -> Iterator[str]:
+    """Yield what of a checkpoint is not as the input has it."""
+    if own["dialect"] != plan.dialect:
+        yield f"its dialect is {own['dialect']}, and --dialect is {plan.dialect}"
+    if list(checkpoint.heads) != list(plan.models):
+        yield f"it has the heads {', '.join(checkpoint.heads)}, and the input {', '.join(plan.models)}"
+        return
+    for task, n_stored in zip(plan.tasks, map(len, own["drawn"]), strict=True):
+        stored, given = checkpoint.heads[task.name].config, json.loads(json.dumps(task.config.model))
+        for key in _FIXED:
+            yield from _changes(stored.get(key), given.get(key), f"{task.name}.{key}")
+        if n_stored != len(task.systems):
+            yield f"task {task.name!r} had {n_stored} systems, and has {len(task.systems)} in the input"
+    owners = Owners(plan.config.links)
+    for head, name in ((head, name) for head, model in plan.models.items() for name in model.parameters()):
+        own_weight, shared = (checkpoint.heads[h].weights.get(name) for h in (head, owners(head, name)))
+        if own_weight is not None and shared is not None and not torch.equal(own_weight, shared):
+            yield f"heads {owners(head, name)!r} and {head!r} share {name!r} in the input only"
+    labels = trained_labels(plan.config, plan.models)
+    # the first checkpoints of mtinfer hold no names
+    before = own.get("trained", labels)
+    n_before = len(optimizer["param_groups"][0]["params"])
+    if before != labels or n_before != len(labels):
+        others = sorted({*before} ^ {*labels})
+        which = f" ({others[0]!r} in one only)" if others else ""
+        yield f"it trained {n_before} weights, and the input trains {len(labels)}{which}"
+
+
+def _changes(stored: Any, given: Any, where: str) -> Iterator[str]:
+    """Yield where two sections differ; seeds matter at the start only."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for key in sorted({*stored, *given} - {"seed"}, key=lambda key: (key != "type", key)):
+            yield from _changes(stored.get(key), given.get(key), f"{where}.{key}")
+    elif where.endswith(".list") and isinstance(stored, list) and len(stored) == len(given):
+        for index, pair in enumerate(zip(stored, given, strict=True)):
+            yield from _changes(*pair, f"{where}[{index}]")
+    elif stored != given:
+        yield f"{where} was {stored!r}, and is {given!r} in the input"
+
+
+def _stored_ema(content: Mapping[str, Any], plan: Plan) -> dict[str, Tensor] | None:
+    if "ema" not in content:
+        return None
+    found = {}
+    for key, tensor in content["ema"]["model"].items():
+        head, _, rest = key.partition(".") if plan.config.multitask else (DEFAULT_HEAD, "", key)
+        found[f"{head}/{canonical_name(plan.dialect, rest)}"] = tensor
+    return found
+
+
+def finetuned(path: Path, head: str | None, plan: Plan, weights: AllWeights) -> None:
+    """Start all tasks from one head of a checkpoint; the energy bias then follows the new data.
+
+    Networks and statistics are taken over; a fitting net only where its shapes are the same, with its case
+    embedding where there is only one task. Neighbour counts may differ.
+
+    Raises
+    ------
+    CheckpointError
+        The descriptor or the type map of a task is another than that of the head.
+    """
+    record = read(path).head(head)
+    for task in plan.tasks:
+        own = weights[task.name]
+        if tuple(record.config["type_map"]) != task.model.type_map:
+            raise CheckpointError(
+                f"head {record.name!r} has the type map {', '.join(record.config['type_map'])}; task "
+                f"{task.name!r} has {', '.join(task.model.type_map)}, and they must be the same"
+            )
+        other = {n: _on_slots(n, tensor, own[n]) for n, tensor in record.weights.items() if n in own}
+        for name in own:
+            fits = name in other and other[name].shape == own[name].shape
+            if name.startswith("descriptor.") and not fits:
+                raise CheckpointError(
+                    f"task {task.name!r} can't start from head {record.name!r}: their descriptors differ in "
+                    f"{name!r}"
+                )
+        fitting = [name for name in own if name.startswith("fitting_net.") and not name.endswith("case_embd")]
+        same = all(name in other and other[name].shape == own[name].shape for name in fitting)
+        taken = [name for name in own if name.startswith("descriptor.")] + (fitting if same else [])
+        for name in taken:
+            own[name] = other[name].to(own[name].dtype).clone()
+        if same:
+            own["out_bias"] = other["out_bias"].clone()
+        case = "fitting_net.case_embd"
+        if same and case in own and len(plan.tasks) == 1:  # several tasks must differ in it
+            own[case] = other[case].to(own[case].dtype).clone()
+    owners = Owners(plan.config.links)
+    for name_of_head, own in weights.items():
+        for name in own:
+            own[name] = weights[owners(name_of_head, name)][name]
+
+
+def _on_slots(name: str, given: Tensor, wanted: Tensor) -> Tensor:
+    """Statistics (n_types, n_slots, 4) that are the same on all slots, for as many slots as are wanted."""
+    if not name.endswith((".mean", ".stddev")) or not torch.equal(given, given[:, :1].expand_as(given)):
+        return given
+    return given[:, :1].expand(-1, wanted.shape[1], -1)
+
+
+def shifted_bias(plan: Plan, weights: AllWeights, residuals: Mapping[str, list[Any]]) -> None:
+    """Add to each `out_bias` what the least squares of energy residuals says; see `energy_bias`."""
+    for task in plan.tasks:
+        frames = [replace(frame, energy=value) for frame, value in residuals[task.name]]
+        shift, std = energy_bias(frames, task.model.type_map, excluded=task.model.atom_exclude_types)
+        weights[task.name]["out_bias"] = weights[task.name]["out_bias"] + shift
+        weights[task.name]["out_std"] = std
