@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -78,6 +79,25 @@ def read_pickle_bytes(path: Path) -> bytes:
             return archive.read(inner["data.pkl"])
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as err:
         raise CheckpointError(f"{str(path)!r} is truncated or damaged: {err}") from err
+
+
+def check_sums(path: Path) -> None:
+    """Compare the records of a file that ``torch.save`` wrote with their checksums, which torch passes over.
+
+    Raises
+    ------
+    CheckpointError
+        A record is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, zlib.error) as err:
+        raise CheckpointError(f"{str(path)!r} is truncated or damaged: {err}") from err
+    if damaged is not None:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged: the checksum of {damaged!r} is wrong; copy it again"
+        )
 
 
 def read_safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import CheckpointError
 from . import archive
-from .container import file_kind, read_pickle_bytes
+from .container import check_sums, file_kind, read_pickle_bytes
 from .dialects import canonical_weights
 from .heads import HeadEntries, find_head, split_state
 from .records import Checkpoint, HeadRecord, Source
@@ -65,6 +65,7 @@ def _read_training(path: Path) -> Checkpoint:
 
 def _load_tensors(path: Path) -> object:
     structure = read_pickle_bytes(path)
+    check_sums(path)
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -337,6 +337,17 @@ def test_truncated(tmp_path: Path, fraction: float) -> None:
     raises_one_line(path, "truncated or damaged")
 
 
+def test_one_wrong_bit(tmp_path: Path) -> None:
+    with zipfile.ZipFile(SEPARATE) as archive:
+        tensors = [record for record in archive.infolist() if "/data/" in record.filename]
+    largest = max(tensors, key=lambda record: record.file_size)
+    data = bytearray(SEPARATE.read_bytes())
+    data[largest.header_offset + largest.file_size // 2] ^= 1
+    path = tmp_path / "flipped.pt"
+    path.write_bytes(data)
+    raises_one_line(path, "is damaged: the checksum of '.*/data/.*' is wrong")
+
+
 def test_missing_numbers(tmp_path: Path) -> None:
     path = tmp_path / "hole.pt"
     with zipfile.ZipFile(SEPARATE) as old, zipfile.ZipFile(path, "w") as new:
