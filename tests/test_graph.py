@@ -276,8 +276,7 @@ def test_damaged_graph_is_compiled_anew(
 def test_store_is_made_for_the_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tmp_path / "new" / "cache"
     monkeypatch.setenv("MTINFER_CACHE", str(directory))
-    monkeypatch.setattr(SharedGraph, "_compile", lambda self, store: self.function)
-    small_graph()(data(), [WEIGHTS])
+    assert _Store(cache_directory(), "key").make()
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
 
 
