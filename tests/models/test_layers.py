@@ -113,11 +113,11 @@ def test_network_with_every_kind_of_shortcut(resnet_dt: bool) -> None:
     weights = random_weights(net.parameters())
     x = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = [network(row, weights, "net", 3) for row in x.numpy()]
-    np.testing.assert_allclose(net(x, weights).numpy(), expected, rtol=1e-13)
+    np.testing.assert_allclose(net(x, weights).numpy(), expected, rtol=1e-13, atol=1e-15)
     columns = x.reshape(1, 7, 3).transpose(1, 2)
     for k in range(3):
         columns = net.columns(k, columns, weights)
-    np.testing.assert_allclose(columns[0].T.numpy(), expected, rtol=1e-13)
+    np.testing.assert_allclose(columns[0].T.numpy(), expected, rtol=1e-13, atol=1e-15)
 
 
 def test_output_layer_is_affine() -> None:
