@@ -26,6 +26,7 @@ from .environment import (
 )
 from .gather import lookup
 from .layers import (
+    NO_LOGIT,
     Network,
     Sloped,
     Weights,
@@ -219,12 +220,14 @@ class Attention:
         return g
 
     def _softmax(self, logits: Tensor, mask_j: Tensor, n_phantom: Tensor) -> Tensor:
-        logits = torch.where(mask_j > 0, logits, -20.0)
+        logits = torch.where(mask_j > 0, logits, NO_LOGIT)
         peak = row_peak(logits)
+        if self.smooth:
+            peak = torch.where(n_phantom > 0, torch.clamp(peak, min=-20.0), peak)
         weight = torch.exp(logits - peak) * mask_j
         total = weight.sum(-1, keepdim=True)
         if self.smooth:
-            total = total + n_phantom * torch.exp(-20.0 - peak)
+            total = total + n_phantom * torch.exp(-20.0 - torch.clamp(peak, min=-20.0))
         return weight * (1.0 / torch.where(total > 0, total, 1.0))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layers import row_peak, row_sum
+from .layers import NO_LOGIT, row_peak, row_sum
 
 #: a logit fades to minus this
 SHIFT = 20.0
@@ -28,13 +28,29 @@ def fading_softmax(logits: Tensor, sel: int, occupancy: Tensor | None) -> Tensor
         as `slot_occupancy` makes it, broadcastable to `logits`; None where no centre has more than `sel`
         neighbours.
     """
-    peak = torch.clamp(row_peak(logits), min=0.0)
-    share, empty = torch.exp(logits - peak), torch.exp(-peak)
     if occupancy is None:
-        return share * (1.0 / (row_sum(share) + (sel - logits.shape[-1]) * empty))
-    fade = torch.exp(torch.clamp(logits, max=0.0) / torch.clamp(occupancy, min=1e-30))
-    kept = occupancy * share + (1.0 - occupancy) * (share - empty) * fade
-    return share * (1.0 / (row_sum(kept) + (sel - row_sum(occupancy)) * empty))
+        n_outside = sel - logits.shape[-1]
+        floor = (1.0 - torch.clamp(logits.new_ones(()) * n_outside, max=1.0)) * NO_LOGIT
+        peak = torch.maximum(row_peak(logits), floor)
+        share = torch.exp(logits - peak)
+        return share * (1.0 / (row_sum(share) + n_outside * _of_empty(peak)))
+    present = logits != 0  # what fades to zero counts as an empty slot does
+    n_present = row_sum(present.to(logits.dtype))
+    full = n_present >= sel
+    reached = torch.where(present, logits, NO_LOGIT)
+    peak = row_peak(reached)
+    peak = torch.where(full, peak, torch.clamp(peak, min=0.0))
+    share = torch.exp(reached - peak)
+    faded = torch.clamp(logits, max=0.0) / torch.clamp(occupancy, min=1e-30)
+    of_slot = torch.exp(torch.where(present, faded - peak, 0.0))  # of an empty one, times the fading
+    kept = occupancy * share + (1.0 - occupancy) * (share * torch.exp(faded) - of_slot)
+    n_empty = torch.where(full, 0.0, sel - n_present)
+    return share * (1.0 / (row_sum(torch.where(present, kept, 0.0)) + n_empty * _of_empty(peak)))
+
+
+def _of_empty(peak: Tensor) -> Tensor:
+    """Share of an empty slot; where the peak is below its logit none is empty, and this does not overflow."""
+    return torch.exp(-torch.clamp(peak, min=0.0))
 
 
 def slot_occupancy(w: Tensor, saturated: Tensor, sel: int) -> Tensor:

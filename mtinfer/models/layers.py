@@ -291,6 +291,10 @@ def row_sum(x: Tensor) -> Tensor:
     return _RowSum.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
+#: logit of what takes no part in a softmax; finite, since a difference of infinities is no number
+NO_LOGIT = -1e30
+
+
 def row_peak(logits: Tensor) -> Tensor:
     """Largest entry of the last axis to float32 precision, kept as an axis of one: what a softmax subtracts.
 

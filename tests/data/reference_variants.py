@@ -61,6 +61,12 @@ def dpa2(*, repinit: Config | None = None, repformer: Config | None = None, **op
     return {"type": "dpa2", "precision": "float64", **blocks, **options}
 
 
+def dpa2_active(function: str, **repinit: Any) -> Config:
+    """Return a small DPA-2 descriptor with this activation function in both of its stages."""
+    stages: Config = {"activation_function": function}
+    return dpa2(repinit=stages | repinit, repformer=stages | {"nsel": 10, "nlayers": 1})
+
+
 def dpa3(repflow: Config, **options: Any) -> Config:
     """Return a small DPA-3 descriptor; what is not given is deepmd-kit's default."""
     return {"type": "dpa3", "precision": "float64", "repflow": REPFLOW | repflow, **options}
@@ -256,6 +262,17 @@ VARIANTS = {
         ),
         CASE,
     ),
+    "dpa2a": Variant(
+        {},
+        CASE | {"dim_case_embd": 4},
+        shared=("fitting_net",),
+        heads={
+            "gelu": {"descriptor": dpa2_active("gelu", use_three_body=True)},
+            "gelu_tf": {"descriptor": dpa2_active("gelu_tf", tebd_input_mode="strip")},
+            "softplus": {"descriptor": dpa2_active("softplus")},
+        },
+        spread=0.7,
+    ),
     "dpa3c": Variant(
         dpa3(
             {
@@ -358,6 +375,17 @@ VARIANTS = {
         heads={
             "water": {"pair_exclude_types": [[0, 2]], "atom_exclude_types": [1]},
             "ice": {"pair_exclude_types": [[1, 1]], "atom_exclude_types": [0, 2]},
+        },
+    ),
+    "dpa3a": Variant(
+        dpa3({"smooth_edge_update": True, "n_dim": 6, "e_dim": 4, "a_dim": 3}),
+        CASE | {"dim_case_embd": 4},
+        shared=("fitting_net",),
+        heads={
+            "gelu": {"descriptor": {"activation_function": "gelu"}},
+            "gelu_tf": {"descriptor": {"activation_function": "gelu_tf"}},
+            "silut": {"descriptor": {"activation_function": "silut:1.5"}},
+            "relu6": {"descriptor": {"activation_function": "relu6"}},
         },
     ),
     "hyb1": Variant(

@@ -225,3 +225,16 @@ def test_missing_key(key: str) -> None:
     config = {name: value for name, value in CONFIG.items() if name != key}
     with pytest.raises(UnsupportedModelError, match=f"se_atten lacks the required key '{key}'"):
         DPA1.from_config(config, type_map="ABC", pair_exclude=(), pt=True, graph=False)
+
+
+@pytest.mark.parametrize("level", [0.0, -60.0, -1e3, -1e5, 1e3])
+@pytest.mark.parametrize("n_phantom", [0, 2])
+def test_attention_whatever_its_logits_are(n_phantom: int, level: float) -> None:
+    attention = model(attn_layer=1, smooth_type_embedding=True).attention
+    logits = torch.linspace(0.4, -0.3, 5, dtype=torch.float64) + level
+    mask = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    phantoms = torch.full((n_phantom,), -20.0, dtype=torch.float64)
+    expected = torch.softmax(torch.cat([logits[:4], phantoms]), 0)
+    count = torch.tensor(float(n_phantom), dtype=torch.float64)
+    got = attention._softmax(logits, mask, count)
+    torch.testing.assert_close(got, torch.nn.functional.pad(expected[:4], (0, 1)), rtol=1e-13, atol=0.0)
