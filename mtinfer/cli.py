@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _COMPILE_PAYS_ATOMS = 60_000
 
 _FILE = click.Path(path_type=Path)
+_CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt")
+_COUNT = click.IntRange(min=1)
 
 
 class _Group(click.Group):
@@ -107,6 +109,11 @@ def convert(
 
     if dtype is not None and target_format != "safetensors":
         raise click.UsageError("--dtype goes with --to safetensors; a checkpoint keeps its precision")
+    misleading = _CHECKPOINT_SUFFIXES if target_format == "safetensors" else (".safetensors",)
+    if output is not None and output.suffix in misleading:
+        raise click.UsageError(
+            f"{output} would hold a {target_format} file; choose another ending, or another format with --to"
+        )
     source = read(checkpoint)
     check_heads(source)
     if target_format == "safetensors":
@@ -164,13 +171,14 @@ def evaluate(
     deepmd/npy folders.
     """
     from .data import read_frames
-    from .evaluate import PLOT_SUFFIXES
+    from .evaluate import PLOT_SUFFIXES, PREDICTION_SUFFIXES
     from .files import check_distinct, check_output
     from .potential import load
 
     outputs = [path for path in (json_file, csv_file, output, plot) if path is not None]
+    suffixes = {plot: PLOT_SUFFIXES, output: PREDICTION_SUFFIXES}
     for path in outputs:
-        check_output(path, suffixes=PLOT_SUFFIXES if path is plot else ())
+        check_output(path, suffixes=suffixes.get(path, ()))
     check_distinct(outputs, [model, *data])
     modes: dict[str, CompileMode] = {"on": "wait", "off": "off", "auto": "stored"}
     mode = modes[compile_]
@@ -178,6 +186,13 @@ def evaluate(
     chosen = _chosen_heads(potential, heads)
     type_maps = {potential.head(name).model.type_map for name in chosen}
     frames = read_frames(data, type_map=type_maps.pop() if len(type_maps) == 1 else None)
+    if not any(frame.has_labels for frame in frames):
+        if output is None:
+            raise DataError(
+                "no frame carries a label, so there is nothing to score; --output writes predictions"
+            )
+        if plot is not None:
+            raise DataError("no frame carries a label, so there is nothing to plot; leave --plot out")
     n_atoms = sum(len(frame.atoms) for frame in frames) * len(chosen)
     if compile_ == "auto" and n_atoms >= _COMPILE_PAYS_ATOMS:
         potential.compile("wait")
@@ -220,8 +235,6 @@ def _report(
 
     if output is not None:
         write_predictions(output, evaluation)
-    elif not evaluation.scores:
-        raise DataError("no frame carries a label, so there is nothing to score; --output writes predictions")
     if json_file is not None:
         write_json(json_file, evaluation, model)
     if csv_file is not None:
@@ -239,10 +252,10 @@ def _report(
 @click.argument("models", nargs=-1)
 @click.option("--head", help="Head of the files among MODELS; not needed where they have only one.")
 @click.option(
-    "--atoms", type=int, multiple=True, default=(192, 1536), show_default=True, help="Atoms of water."
+    "--atoms", type=_COUNT, multiple=True, default=(192, 1536), show_default=True, help="Atoms of water."
 )
-@click.option("--steps", type=int, default=10, show_default=True, help="Steps that count.")
-@click.option("--threads", type=int, default=2, show_default=True, help="CPU threads.")
+@click.option("--steps", type=_COUNT, default=10, show_default=True, help="Steps that count.")
+@click.option("--threads", type=_COUNT, default=2, show_default=True, help="CPU threads.")
 @click.option("--device", default="cpu", show_default=True, help="Torch device.")
 @click.option("--tabulate", is_flag=True, help="Evaluate radial embedding nets by series.")
 @click.option(

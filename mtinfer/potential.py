@@ -72,6 +72,9 @@ class Potential:
             raise TypeError("only a Potential made by mtinfer.load can be pickled: its file is loaded again")
         return partial(self._loads_again, compile=self.graphs[0].mode), ()
 
+    def __repr__(self) -> str:
+        return f"Potential(heads={self.heads}, type_map={self.type_map}, device={str(self.device)!r})"
+
     def __deepcopy__(self, memo: object) -> Potential:
         return self
 
@@ -124,6 +127,8 @@ class Potential:
         UnsupportedModelError
             If the head uses a feature that is not supported.
         """
+        if not (name is None or isinstance(name, str)):
+            raise TypeError(f"head={name!r} is not a name; Potential.energies takes several")
         known = {**self.aliases, **dict.fromkeys(self._refused, ())}
         found = find_head(name, known if name is not None else self.aliases)
         if found in self._refused:

@@ -203,9 +203,11 @@ def test_debug_shows_the_traceback() -> None:
     assert type(result.exception).__name__ == "CheckpointError"
 
 
-@pytest.mark.parametrize("option", ["--json", "--csv", "--plot", "--output"])
-def test_evaluation_that_fails_writes_nothing(option: str, tmp_path: Path) -> None:
-    target = tmp_path / "written.png"
+@pytest.mark.parametrize(
+    ("option", "name"), [("--json", "s.json"), ("--csv", "s.csv"), ("--plot", "p.png"), ("--output", "p.xyz")]
+)
+def test_evaluation_that_fails_writes_nothing(option: str, name: str, tmp_path: Path) -> None:
+    target = tmp_path / name
     frames = [
         ase.Atoms("OH", [[0, 0, 0], [0, 0, 1.0]], info={"energy": 1.0}),
         ase.Atoms("Fe", info={"energy": 0.0}),
@@ -214,6 +216,20 @@ def test_evaluation_that_fails_writes_nothing(option: str, tmp_path: Path) -> No
     fails_with(
         "frame 1: atom 0 is Fe", "eval", "--head", "water", STRIP, tmp_path / "frames.extxyz", option, target
     )
+    assert [path.name for path in tmp_path.iterdir()] == ["frames.extxyz"]
+
+
+def test_outputs_that_can_not_be_are_refused_before_the_work(tmp_path: Path) -> None:
+    frames = tmp_path / "frames.extxyz"
+    ase.io.write(frames, ase.Atoms("OH", [[0, 0, 0], [0, 0, 1.0]]))
+    fails_with("there is nothing to score", "eval", "--head", "water", STRIP, frames)
+    plotted = ("--plot", tmp_path / "p.png", "--output", tmp_path / "p.xyz")
+    fails_with("there is nothing to plot", "eval", "--head", "water", STRIP, frames, *plotted)
+    fails_with("'.traj', allowed are", "eval", "--head", "water", STRIP, frames, "--output", "p.traj")
+    for name, target in (("m.pt", "safetensors"), ("m.safetensors", "pt")):
+        refused = run("convert", STRIP, "--to", target, "-o", tmp_path / name)
+        assert refused.exit_code == 2
+        assert f"would hold a {target} file" in refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["frames.extxyz"]
 
 

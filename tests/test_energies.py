@@ -97,5 +97,7 @@ def test_no_structures_and_unknown_heads() -> None:
     assert potential.energies([], ["water"])["water"].shape == (0,)
     atoms = expected(STRIP, "water")[0][0]
     assert potential.energies(atoms, ["water"])["water"].shape == (1,)
+    with pytest.raises(TypeError, match=r"is not a name; Potential\.energies takes several"):
+        potential.evaluate([], head=["water"])  # type: ignore[arg-type]
     with pytest.raises(UnknownHeadError, match="watr"):
         potential.energies([], ["watr"])

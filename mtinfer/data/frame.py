@@ -38,6 +38,12 @@ class Frame:
     index: int
 
     @property
+    def has_labels(self) -> bool:
+        """Whether anything can be compared with a prediction; a virial counts where an axis is periodic."""
+        has_virial = self.virial is not None and bool(self.atoms.pbc.any())
+        return self.energy is not None or self.forces is not None or has_virial
+
+    @property
     def name(self) -> str:
         """Where the frame stands, for error texts."""
         return frame_name(self.source, self.index)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from .metrics import ErrorAccumulator, Score
 from .plots import PLOT_SUFFIXES, parity_plot
-from .report import score_table, to_dict, write_csv, write_json, write_predictions
+from .report import PREDICTION_SUFFIXES, score_table, to_dict, write_csv, write_json, write_predictions
 from .run import Evaluation, evaluate_frames
 
 __all__ = [
     "PLOT_SUFFIXES",
+    "PREDICTION_SUFFIXES",
     "ErrorAccumulator",
     "Evaluation",
     "Score",

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ase import Atoms
     from rich.table import Table
 
+#: endings of the name of a file of predictions
+PREDICTION_SUFFIXES = (".extxyz", ".xyz", ".gz")
+
 SCHEMA = "mtinfer.evaluation"
 SCHEMA_VERSION = 1
 

@@ -133,18 +133,25 @@ def _run(trainer: Trainer, plan: Plan, ranks: Ranks) -> bool:
             rate = f"{speed:.1f} steps/s" if speed else ""
             progress.update(bar, completed=step, description="training", rate=rate)
 
+        def say(line: str) -> None:
+            progress.console.print(line, highlight=False) if console.is_terminal else click.echo(line)
+
         def shown(report: Shown) -> None:
             for line in report_lines(report):
-                progress.console.print(line, highlight=False) if console.is_terminal else click.echo(line)
+                say(line)
 
+        if ranks.is_first:
+            say("errors: root mean squares of energy per atom E (eV), force F (eV/Å), virial per atom V (eV)")
         return trainer.run(shown=shown, tick=tick)
 
 
 def report_lines(report: Shown) -> list[str]:
-    """One line per task: step, learning rate, and root mean square errors of training and validation."""
+    """One line per task: step, learning rate, speed, root mean square errors of training and validation."""
     lines = []
     for task, pair in report.errors.items():
-        parts = [f"step {report.step:>8}  lr {report.lr:.2e}  {task:<12}"]
+        parts = [
+            f"step {report.step:>8}  lr {report.lr:.2e}  {report.steps_per_second:.3g} steps/s  {task:<12}"
+        ]
         for name, errors in zip(("train", "valid"), pair, strict=True):
             if errors is not None:
                 units = zip("EFV", errors.rmse, strict=True)

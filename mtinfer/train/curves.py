@@ -15,15 +15,14 @@ __all__ = ["COLUMNS", "CURVE", "PICTURE", "LearningCurve"]
 #: names of the files of all tasks, and of one
 CURVE, PICTURE = "lcurve.csv", "lcurve-{}.png"
 
-_QUANTITIES = ("energy", "force", "virial")
+_LABELS = {"energy": "energy per atom (eV)", "force": "force (eV/Å)", "virial": "virial per atom (eV)"}
 COLUMNS = (
     "step",
     "task",
     "lr",
-    *(f"rmse_{quantity}_{kind}" for kind in ("train", "valid") for quantity in _QUANTITIES),
+    *(f"rmse_{quantity}_{kind}" for kind in ("train", "valid") for quantity in _LABELS),
     "seconds",
 )
-_LABELS = ("energy per atom (eV)", "force (eV/Å)", "virial per atom (eV)")
 
 
 class LearningCurve:
@@ -65,28 +64,31 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_curve(path: Path, task: str, picture: Path) -> None:
-    """Draw the learning curve of one task as PNG."""
+    """Draw the learning curve of one task as PNG, a panel for each quantity that has labels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = [row for row in read_curve(path) if row["task"] == task]
-    steps = [int(row["step"]) for row in rows]
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    panels = [(label, lines) for quantity, label in _LABELS.items() if (lines := _lines(rows, quantity))]
+    figure = Figure(figsize=(1 + 3.4 * max(1, len(panels)), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for panel, (quantity, label) in enumerate(zip(_QUANTITIES, _LABELS, strict=True), start=1):
-        axes = figure.add_subplot(1, 3, panel)
-        for kind, style in (("train", "-"), ("valid", "--")):
-            points = [
-                (step, float(row[f"rmse_{quantity}_{kind}"]))
-                for step, row in zip(steps, rows, strict=True)
-                if row[f"rmse_{quantity}_{kind}"]
-            ]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, marker=".", label=kind)
-                axes.set_yscale("log")
-        axes.set_xlabel("step")
-        axes.set_title(label, fontsize="medium")
-        if axes.lines:
-            axes.legend()
-    figure.suptitle(task)
+    for number, (label, lines) in enumerate(panels, start=1):
+        axes = figure.add_subplot(
+            1, len(panels), number, xlabel="step", ylabel=f"RMSE of {label}", yscale="log"
+        )
+        for kind, points in lines.items():
+            style = "-" if kind == "train" else "--"
+            axes.plot(*zip(*points, strict=True), style, marker=".", label=kind)
+        axes.legend()
+    figure.suptitle(task if panels else f"{task}: no errors yet").set_parse_math(False)
     figure.savefig(picture, dpi=120)
+
+
+def _lines(rows: Sequence[dict[str, str]], quantity: str) -> dict[str, list[tuple[int, float]]]:
+    """Kind of error -> steps and errors; kinds without any are left out."""
+    found = {}
+    for kind in ("train", "valid"):
+        errors = [(int(row["step"]), row[f"rmse_{quantity}_{kind}"]) for row in rows]
+        if points := [(step, float(error)) for step, error in errors if error]:
+            found[kind] = points
+    return found

@@ -110,6 +110,11 @@ def _task(config: TaskConfig, systems: list[System], folder: Path, dialect: str)
         model = EnergyModel.from_config(config.model, dialect)
     except UnsupportedModelError as err:
         raise ConfigError(f"head {config.name!r}: {err}") from err
+    if not any(frame.has_labels for system in systems for frame in system.frames):
+        raise ConfigError(
+            f"training.data_dict.{config.name}: no frame has an energy, force or virial label, so there is "
+            "nothing to learn; give labelled data"
+        )
     validation = [] if config.validation is None else load_systems(config.validation, model.type_map, folder)
     return Task(config, model, systems, system_probabilities(config.training, systems), validation)
 

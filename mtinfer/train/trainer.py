@@ -37,6 +37,8 @@ class Shown:
 
     step: int
     lr: float
+    #: since the last display, displays and checkpoints included
+    steps_per_second: float
     #: task -> training errors since the last display, validation errors; None where there are none
     errors: dict[str, tuple[Errors | None, Errors | None]]
 
@@ -91,6 +93,7 @@ class Trainer:
         self.ema = self._ema(state.ema)
         self._observed = state.observed
         self._errors = [Errors(*found) for found in state.errors]
+        self._last_display = time.monotonic(), self.step
 
     # ---- start ---------------------------------------------------------------------------------------
 
@@ -195,6 +198,7 @@ class Trainer:
         curve = self._files() if self.ranks.is_first else None
         self._compile()
         began, saved = time.monotonic(), self.step
+        self._last_display = began, self.step
         with _interruptible() as asked:
             while self.step < n_steps:
                 lr = self._advance()
@@ -275,7 +279,9 @@ class Trainer:
                 found[task.name] = training, self._validate(k, task)
                 curve.add(self.step, task.name, lr, seconds, found[task.name])
         if curve is not None:
-            shown(Shown(self.step, lr, found))
+            now, (then, step) = time.monotonic(), self._last_display
+            self._last_display = now, self.step
+            shown(Shown(self.step, lr, (self.step - step) / (now - then), found))
 
     def _validate(self, k: int, task: Task) -> Errors | None:
         if task.config.validation is None or not task.validation:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ase
+import ase.io
 import pytest
 from tiny_inputs import (
     DESCRIPTORS,
@@ -419,6 +421,15 @@ def test_missing_data_are_named() -> None:
     content = shared_input("dpa1strip")
     content["training"]["data_dict"]["copper"]["training_data"]["systems"] = ["nowhere"]
     with pytest.raises(DataError, match="nowhere: no such file or folder"):
+        plan_of(content)
+
+
+def test_data_without_labels_are_refused(tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "frames.extxyz", ase.Atoms("Cu2", [[0, 0, 0], [0, 0, 2.5]]))
+    content = shared_input("dpa1strip")
+    data = content["training"]["data_dict"]["copper"]["training_data"]
+    data["systems"] = [str(tmp_path / "frames.extxyz")]
+    with pytest.raises(ConfigError, match=r"training\.data_dict\.copper: no frame has an energy, force or"):
         plan_of(content)
 
 
