@@ -8,11 +8,8 @@ every later process. Nothing of it is ever attached to a model or written into a
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import os
-import platform
 import tempfile
 import threading
 import warnings
@@ -26,10 +23,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from . import __version__
+from .graph_store import GraphStore, cache_directory, graph_key
 from .models.layout import Argument
 
-__all__ = ["CompileMode", "GraphWarning", "SharedGraph", "cache_directory", "signed", "trace"]
+__all__ = ["CompileMode", "GraphWarning", "SharedGraph", "signed", "trace"]
 
 #: "off": eager. "stored": a graph that is stored already, else eager. "wait": compiled from the first call
 #: on. "background": a stored graph is used from the first call on; else calls are answered eagerly while one
@@ -66,13 +63,6 @@ def _compiler(process: int) -> threading.Lock:
 
 class GraphWarning(UserWarning):
     """A graph could not be compiled, stored or trusted; the results are eager ones."""
-
-
-def cache_directory() -> Path:
-    """Directory of compiled graphs: `MTINFER_CACHE`, else `mtinfer` below the user's cache directory."""
-    if configured := os.environ.get("MTINFER_CACHE"):
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtinfer"
 
 
 def trace(
@@ -225,14 +215,14 @@ class SharedGraph:
             self._worker.start()
 
     def _obtain(self, device: torch.device, *, compile_missing: bool = True) -> None:
-        store = _Store(cache_directory(), _key(self.signature, device))
+        store = GraphStore(cache_directory(), graph_key(self.signature, device))
         try:
-            compiled = store.load(device)
+            compiled = _stored(store, device)
             if compiled is None and compile_missing:
                 with _compiler(os.getpid()):
                     if self.mode == "off":
                         return
-                    compiled = store.load(device) or self._compile(store)
+                    compiled = _stored(store, device) or self._compile(store)
         except Exception as err:  # the compiler raises many types; whatever it is, eager is right
             if not threading.main_thread().is_alive():
                 return  # the process ends before the compiler was imported, and nobody waits for the graph
@@ -240,7 +230,7 @@ class SharedGraph:
             return
         self._compiled = compiled
 
-    def _compile(self, store: _Store) -> _Compiled:
+    def _compile(self, store: GraphStore) -> _Compiled:
         from torch._inductor import aot_compile
         from torch._inductor.package.package import package_aoti
         from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
@@ -373,34 +363,6 @@ def _first_line(err: BaseException) -> str:
     return f"{type(err).__name__}: {text[0][:200]}" if text else type(err).__name__
 
 
-def _key(signature: str, device: torch.device) -> str:
-    parts = [signature, __version__, _sources(), torch.__version__, _machine(), device.type]
-    if device.type == "cuda":
-        parts.append(torch.cuda.get_device_name(device))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-@cache
-def _sources() -> str:
-    """Digest of the files whose text determines a graph."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    functions = ("heads.py", "stage_graphs.py", "value_graphs.py", "train/batch.py", "train/step.py")
-    traced = [here / name for name in functions]
-    for path in sorted([Path(__file__), *(here / "models").glob("*.py"), *traced]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-@cache
-def _machine() -> str:
-    """Processor and its instructions: a stored CPU graph is native code, made for all of them."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else [platform.processor()]
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), lines[0])
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {flags}"
-
-
 def _require_declared(arguments: Sequence[Argument], data: Sequence[Tensor]) -> None:
     """Raise ValueError unless shapes and dtypes are as declared: compiled code does not look."""
     sizes: dict[str | int, int] = {}
@@ -430,67 +392,6 @@ class _Compiled:
         return tuple(self._loader.run([argument.contiguous() for argument in arguments]))
 
 
-class _NotPrivateError(Exception):
-    """Others could have put a graph where graphs are read from."""
-
-
-@dataclass(frozen=True)
-class _Store:
-    """One stored graph in a directory that belongs to the user alone."""
-
-    directory: Path
-    key: str
-
-    @property
-    def _binary(self) -> Path:
-        return self.directory / f"{self.key}.graph"
-
-    @property
-    def _record(self) -> Path:
-        return self.directory / f"{self.key}.json"
-
-    def make(self) -> bool:
-        """Create the directory for the user alone, and refuse another's; False where it can't be created."""
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError:
-            return False
-        self._require_private(self.directory)
-        return True
-
-    def _require_private(self, *paths: Path) -> None:
-        for path in paths:
-            status = path.stat()
-            if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-                raise _NotPrivateError(
-                    f"{path} must belong to you and be writable by you alone, since graphs are native code "
-                    f"(empty {self.directory} and chmod 700 it, or set MTINFER_CACHE to another directory)"
-                )
-
-    def load(self, device: torch.device) -> _Compiled | None:
-        """Return the stored graph, or None where there is none or its checksum is wrong."""
-        if not (self._record.exists() and self._binary.exists()):
-            return None
-        self._require_private(self.directory, self._record, self._binary)
-        try:
-            record = json.loads(self._record.read_text())
-            content = self._binary.read_bytes()
-        except (OSError, ValueError):
-            return None
-        if not isinstance(record, dict) or record.get("sha256") != hashlib.sha256(content).hexdigest():
-            return None
-        return _Compiled(self._binary, device)
-
-    def save(self, package: Path, signature: str) -> None:
-        """Store a graph: the binary first, then the record that vouches for it."""
-        content = package.read_bytes()
-        fields = {
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "torch": torch.__version__,
-            "signature": signature,
-        }
-        for path, value in ((self._binary, content), (self._record, json.dumps(fields).encode())):
-            temporary = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
-            temporary.touch(mode=0o600)
-            temporary.write_bytes(value)
-            temporary.replace(path)
+def _stored(store: GraphStore, device: torch.device) -> _Compiled | None:
+    package = store.find()
+    return None if package is None else _Compiled(package, device)

@@ -27,7 +27,8 @@ from torch import Tensor
 
 import mtinfer
 from mtinfer import MTCalculator, Potential
-from mtinfer.graph import GraphWarning, SharedGraph, _compiler, _Store, cache_directory, trace
+from mtinfer.graph import GraphWarning, SharedGraph, _compiler, _stored, trace
+from mtinfer.graph_store import GraphStore, cache_directory
 from mtinfer.models.layout import Argument
 from mtinfer.testing import precision
 
@@ -256,10 +257,10 @@ def test_damaged_graph_is_compiled_anew(
 ) -> None:
     (compiled,) = small_store.glob("*.graph")
 
-    def quickly(graph: SharedGraph, store: _Store) -> object:
+    def quickly(graph: SharedGraph, store: GraphStore) -> object:
         graph.n_compiled += 1
         store.save(compiled, graph.signature)
-        return store.load(WEIGHTS.device)
+        return _stored(store, WEIGHTS.device)
 
     monkeypatch.setattr(SharedGraph, "_compile", quickly)
     (path,) = filled_store.glob(pattern)
@@ -276,7 +277,7 @@ def test_damaged_graph_is_compiled_anew(
 def test_store_is_made_for_the_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tmp_path / "new" / "cache"
     monkeypatch.setenv("MTINFER_CACHE", str(directory))
-    assert _Store(cache_directory(), "key").make()
+    assert GraphStore(cache_directory(), "key").make()
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
 
 
@@ -462,7 +463,7 @@ def test_graph_that_cannot_be_stored_still_serves(store: Path, monkeypatch: pyte
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mtinfer.graph._Store.save", fail)
+    monkeypatch.setattr("mtinfer.graph_store.GraphStore.save", fail)
     graph = small_graph()
     with pytest.warns(GraphWarning, match="could not be stored .*No space left"):
         require_eager_numbers(graph, data())

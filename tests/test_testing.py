@@ -150,7 +150,7 @@ def test_compiled_check_finds_its_faults(potential: Potential, monkeypatch: pyte
 
     graph = mtinfer.graph.SharedGraph
     monkeypatch.setattr(graph, "_compile", lambda self, store: self.function)
-    monkeypatch.setattr("mtinfer.graph._Store.load", lambda self, device: None)
+    monkeypatch.setattr("mtinfer.graph_store.GraphStore.find", lambda self: None)
     check_compiled_equals_eager(potential, "water")
     with pytest.raises(AssertionError, match="compiled, 6 atoms, virial: largest deviation 1e-06"):
         check_compiled_equals_eager(Unequal(potential._heads, {}, potential.device), "water")

@@ -15,6 +15,7 @@ from ..descriptor_kinds import KINDS, kind_of
 from ..errors import CheckpointError, ConfigError, nearest
 from ..models.hybrid import member_name
 from . import schema
+from .kinds import NOT_NEGATIVE, SECTION, WITHOUT_EFFECT
 from .loss import LossConfig
 from .schema import complete
 
@@ -144,7 +145,7 @@ def parse_config(content: object, path: Path) -> TrainConfig:
     _check_type_maps(models, links)
     _check_case_embedding(models)
     tasks = _tasks(models, top, training, multitask)
-    without_effect = [f"training.{key}" for key in schema.WITHOUT_EFFECT if key in training]
+    without_effect = [f"training.{key}" for key in WITHOUT_EFFECT if key in training]
     return TrainConfig(
         path=path,
         multitask=multitask,
@@ -187,7 +188,7 @@ def _heads(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str
     """Resolve the references of all heads to `shared_dict`."""
     shared, entries = model.get("shared_dict", {}), model["model_dict"]
     for key, section in (("shared_dict", shared), ("model_dict", entries)):
-        schema.SECTION.check(section, f"model.{key}")
+        SECTION.check(section, f"model.{key}")
     entries = {head: entry for head, entry in entries.items() if head[:1] != "_"}  # without comments
     if not entries:
         raise ConfigError("model.model_dict names no head; give at least one entry")
@@ -195,7 +196,7 @@ def _heads(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str
     used: dict[tuple[str, str], list[tuple[str, int]]] = {}
     heads: dict[str, dict[str, Any]] = {}
     for head, entry in entries.items():
-        schema.SECTION.check(entry, f"model_dict.{head}")
+        SECTION.check(entry, f"model_dict.{head}")
         if not head or "." in head:
             raise ConfigError(f"model_dict has the head {head!r}; expected a name without '.'")
         heads[head] = copy.deepcopy(dict(common) | dict(entry))
@@ -426,7 +427,7 @@ def _numbers(key: str, given: Any, models: Mapping[str, Any]) -> dict[str, float
         return {}
     entries = _by_head(f"training.{key}", given, models)
     for name, value in entries.items():
-        schema.NOT_NEGATIVE.check(value, f"training.{key}.{name}")
+        NOT_NEGATIVE.check(value, f"training.{key}.{name}")
     if not sum(entries.values()):
         raise ConfigError(f"training.{key}: all entries are 0; at least one must be positive")
     return {name: float(value) for name, value in entries.items()}

@@ -27,8 +27,9 @@ from mtinfer.errors import ConfigError, DataError
 from mtinfer.models.activations import activation
 from mtinfer.train import schema
 from mtinfer.train.config import Link, read_config
+from mtinfer.train.kinds import KINDS
 from mtinfer.train.plan import describe_plan
-from mtinfer.train.schema import ABSENT, KINDS, REQUIRED, Section
+from mtinfer.train.schema import ABSENT, REQUIRED, Section
 from mtinfer.train.weights import initial_weights
 
 

@@ -1,0 +1,125 @@
+"""Compiled graphs on disk, in a directory that belongs to the user alone: they are native code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from . import __version__
+
+__all__ = ["GraphStore", "cache_directory", "graph_key"]
+
+
+def cache_directory() -> Path:
+    """Directory of compiled graphs: `MTINFER_CACHE`, else `mtinfer` below the user's cache directory."""
+    if configured := os.environ.get("MTINFER_CACHE"):
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtinfer"
+
+
+def graph_key(signature: str, device: torch.device) -> str:
+    """Key of a stored graph: what it computes, and what it was compiled by and for."""
+    parts = [signature, __version__, _sources(), torch.__version__, _machine(), device.type]
+    if device.type == "cuda":
+        parts.append(torch.cuda.get_device_name(device))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@cache
+def _sources() -> str:
+    """Digest of the files whose text determines a graph."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    modules = ["graph", "heads", "stage_graphs", "value_graphs", "train/batch", "train/step"]
+    traced = [here / f"{module}.py" for module in modules]
+    for path in sorted([*(here / "models").glob("*.py"), *traced]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _machine() -> str:
+    """Processor and its instructions: a stored CPU graph is native code, made for all of them."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else [platform.processor()]
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), lines[0])
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {flags}"
+
+
+class NotPrivateError(Exception):
+    """Others could have put a graph where graphs are read from."""
+
+
+@dataclass(frozen=True)
+class GraphStore:
+    """One stored graph in a directory that belongs to the user alone."""
+
+    directory: Path
+    key: str
+
+    @property
+    def _binary(self) -> Path:
+        return self.directory / f"{self.key}.graph"
+
+    @property
+    def _record(self) -> Path:
+        return self.directory / f"{self.key}.json"
+
+    def make(self) -> bool:
+        """Create the directory for the user alone, and refuse another's; False where it can't be created."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:
+            return False
+        self._require_private(self.directory)
+        return True
+
+    def _require_private(self, *paths: Path) -> None:
+        for path in paths:
+            status = path.stat()
+            if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+                raise NotPrivateError(
+                    f"{path} must belong to you and be writable by you alone, since graphs are native code "
+                    f"(empty {self.directory} and chmod 700 it, or set MTINFER_CACHE to another directory)"
+                )
+
+    def find(self) -> Path | None:
+        """Return the file of the graph, or None where there is none or its checksum is wrong.
+
+        Raises
+        ------
+        NotPrivateError
+            Others could have written it.
+        """
+        if not (self._record.exists() and self._binary.exists()):
+            return None
+        self._require_private(self.directory, self._record, self._binary)
+        try:
+            record = json.loads(self._record.read_text())
+            content = self._binary.read_bytes()
+        except (OSError, ValueError):
+            return None
+        if not isinstance(record, dict) or record.get("sha256") != hashlib.sha256(content).hexdigest():
+            return None
+        return self._binary
+
+    def save(self, package: Path, signature: str) -> None:
+        """Store a graph: the binary first, then the record that vouches for it."""
+        content = package.read_bytes()
+        fields = {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "torch": torch.__version__,
+            "signature": signature,
+        }
+        for path, value in ((self._binary, content), (self._record, json.dumps(fields).encode())):
+            temporary = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
+            temporary.touch(mode=0o600)
+            temporary.write_bytes(value)
+            temporary.replace(path)
