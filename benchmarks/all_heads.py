@@ -19,7 +19,7 @@ import torch
 
 import mtinfer
 from mtinfer.bench import ARCHITECTURES, water
-from mtinfer.testing import write_random_checkpoint
+from mtinfer.random_checkpoint import write_random_checkpoint
 
 N_HEADS, N_THREADS, N_CALLS = 8, 2, 21
 

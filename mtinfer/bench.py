@@ -274,7 +274,7 @@ def _file_of(model: str, folder: Path) -> Path:
     """Path of a model that is given by name or path; named ones are written into `folder`."""
     if model not in ARCHITECTURES:
         return Path(model)
-    from .testing import write_random_checkpoint
+    from .random_checkpoint import write_random_checkpoint
 
     path = folder / "model.pt"
     write_random_checkpoint(path, {"type_map": ["O", "H"], **ARCHITECTURES[model]})

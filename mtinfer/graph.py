@@ -172,6 +172,23 @@ class SharedGraph:
     _n_calls: int = 0
     _worker: threading.Thread | None = None
 
+    @classmethod
+    def of_named(
+        cls,
+        function: Callable[[tuple[Tensor, ...], dict[str, Tensor]], tuple[Tensor, ...]],
+        signature: str,
+        arguments: Sequence[Argument],
+        weights: Mapping[str, Tensor],
+        mode: CompileMode,
+    ) -> SharedGraph:
+        """Make the graph of ``function(data, named weights)``; weights are handed over in this order."""
+        names, n_data = tuple(weights), len(arguments)
+
+        def of_all(*values: Tensor) -> tuple[Tensor, ...]:
+            return function(values[:n_data], dict(zip(names, values[n_data:], strict=True)))
+
+        return cls(of_all, signature, arguments, list(weights.values()), mode)
+
     def __post_init__(self) -> None:
         if self.weights[0].device.type == "cpu":
             _keep_freed_memory()

@@ -145,18 +145,20 @@ def _graphs(
     graphs: dict[str, StageGraphs],
 ) -> StageGraphs:
     """Return the graphs of an architecture, made at its first head."""
-    signature = signed(repr(model), {name: group[name] for name in names})
+    weights = {name: group[name] for name in names}
+    signature = signed(repr(model), weights)
     if signature not in graphs:
         displacements, tensors = model.arguments()
-        n_arrays, n_data = len(displacements), len(displacements) + len(tensors)
-
-        def function(*values: Tensor) -> tuple[Tensor, ...]:
-            weights = dict(zip(names, values[n_data:], strict=True))
-            return model.energies_and_gradients(values[:n_arrays], values[n_arrays:n_data], weights)
-
-        example = [group[name] for name in names]
-        whole = SharedGraph(function, signature, [*displacements, *tensors], example, mode)
-        graphs[signature] = StageGraphs(whole)
+        n = len(displacements)
+        graphs[signature] = StageGraphs(
+            SharedGraph.of_named(
+                lambda data, named: model.energies_and_gradients(data[:n], data[n:], named),
+                signature,
+                [*displacements, *tensors],
+                weights,
+                mode,
+            )
+        )
     return graphs[signature]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .graph import SharedGraph, signed
 from .models.layers import Weights
+from .models.layout import Argument
 from .models.stage import Stage, Tensors, derivative
 
 __all__ = ["StageGraphs"]
@@ -53,31 +54,27 @@ class StageGraphs:
         return outputs
 
     def _pair(self, stage: Stage, weights: Weights) -> _Pair:
-        names = tuple(sorted(weights))
-        signature = signed(repr(stage), {name: weights[name] for name in names})
+        weights = dict(sorted(weights.items()))
+        signature = signed(repr(stage), weights)
         if signature not in self._pairs:
             varied, fixed = stage.arguments()
             n_varied, n_data = len(varied), len(varied) + len(fixed)
-            outputs = stage.outputs()
-            n_all = n_data + len(outputs)
 
-            def value(*values: Tensor) -> Tensors:
-                named = dict(zip(names, values[n_data:], strict=True))
-                return stage(values[:n_varied], values[n_varied:n_data], named)
+            def value(data: Tensors, named: Weights) -> Tensors:
+                return stage(data[:n_varied], data[n_varied:], named)
 
-            def of_cotangents(*values: Tensor) -> Tensors:
-                named = dict(zip(names, values[n_all:], strict=True))
-                return derivative(
-                    stage, values[:n_varied], values[n_varied:n_data], values[n_data:n_all], named
-                )
+            def of_cotangents(data: Tensors, named: Weights) -> Tensors:
+                return derivative(stage, data[:n_varied], data[n_varied:n_data], data[n_data:], named)
 
-            def graph(kind: str, function: Callable[..., Tensors], further: list[Any]) -> SharedGraph:
-                example = [weights[name] for name in names]
-                arguments = [*varied, *fixed, *further]
-                return SharedGraph(function, f"{kind} {signature}", arguments, example, self.whole.mode)
+            def graph(kind: str, function: Callable[..., Tensors], arguments: list[Argument]) -> SharedGraph:
+                mode = self.whole.mode
+                return SharedGraph.of_named(function, f"{kind} {signature}", arguments, weights, mode)
 
+            data = [*varied, *fixed]
             self._pairs[signature] = _Pair(
-                graph("value", value, []), graph("derivative", of_cotangents, outputs), names
+                graph("value", value, data),
+                graph("derivative", of_cotangents, [*data, *stage.outputs()]),
+                tuple(weights),
             )
         return self._pairs[signature]
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .graph import SharedGraph, signed
 from .inputs import GraphInputs
+from .models.layers import Weights
 from .models.layout import Argument, Layout
+from .models.stage import Tensors
 
 if TYPE_CHECKING:
     from .heads import HeadState
@@ -62,11 +64,10 @@ class ValueGraphs:
         model = state.model
         names = [name for name in state.weight_names if name.startswith("descriptor.")]
         displacements, tensors = model.descriptor.arguments()
-        n_arrays, n_data = len(displacements), len(displacements) + len(tensors)
+        n = len(displacements)
 
-        def function(*values: Tensor) -> tuple[Tensor, ...]:
-            named = dict(zip(names, values[n_data:], strict=True))
-            features, _ = model.descriptor(values[:n_arrays], values[n_arrays:n_data], named)
+        def function(data: Tensors, named: Weights) -> Tensors:
+            features, _ = model.descriptor(data[:n], data[n:], named)
             return (features.to(torch.float64),)
 
         by_group: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -95,9 +96,8 @@ class ValueGraphs:
         arguments = [Argument(("atoms", model.descriptor.width)), Argument(("atoms",), torch.int64)]
         arguments += [Argument(("atoms", n)) for n in (fitting.numb_fparam, fitting.numb_aparam)]
 
-        def function(*values: Tensor) -> tuple[Tensor, ...]:
-            features, types, fparam, aparam, *weights = values
-            named = dict(zip(names, weights, strict=True))
+        def function(data: Tensors, named: Weights) -> Tensors:
+            features, types, fparam, aparam = data
             return (model.fitted(features, types, fparam, aparam, named),)
 
         energies = state.bias[inputs.types]
@@ -114,15 +114,15 @@ class ValueGraphs:
     def _graph(
         self,
         architecture: str,
-        function: Callable[..., tuple[Tensor, ...]],
+        function: Callable[[Tensors, Weights], Tensors],
         arguments: Sequence[Argument],
         weights: Mapping[str, Tensor],
         state: HeadState,
     ) -> SharedGraph:
         signature = signed(f"value {architecture}", weights)
         if signature not in self._graphs:
-            example = list(weights.values())
-            self._graphs[signature] = SharedGraph(function, signature, arguments, example, state.graph.mode)
+            mode = state.graph.mode
+            self._graphs[signature] = SharedGraph.of_named(function, signature, arguments, weights, mode)
         return self._graphs[signature]
 
 

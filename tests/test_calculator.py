@@ -27,7 +27,7 @@ from reference_files import DATA, SE_E2_A, STRIP
 
 from mtinfer import MTCalculator, MtinferError, Potential
 from mtinfer.errors import StructureError, UnknownHeadError
-from mtinfer.testing import write_random_checkpoint
+from mtinfer.random_checkpoint import write_random_checkpoint
 
 
 @pytest.fixture

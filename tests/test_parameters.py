@@ -15,7 +15,7 @@ from reference_files import DATA, STRIP
 import mtinfer
 from mtinfer import Potential
 from mtinfer.errors import StructureError, UnsupportedModelError
-from mtinfer.testing import write_random_checkpoint
+from mtinfer.random_checkpoint import write_random_checkpoint
 
 #: reads fparam (2 numbers, with a default) and aparam (1 number)
 READER = DATA / "reference/variants/checkpoints/dpa1n-pt.pt"

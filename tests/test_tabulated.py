@@ -19,7 +19,8 @@ from mtinfer.inputs import Prediction
 from mtinfer.models.tabulated import CLOSEST, ChebyshevSeries, covers, tabulated
 from mtinfer.neighbors import find_candidates
 from mtinfer.potential import PredictionWarning
-from mtinfer.testing import check_conformance, precision, write_random_checkpoint
+from mtinfer.random_checkpoint import write_random_checkpoint
+from mtinfer.testing import check_conformance, precision
 
 #: eV, eV/Å, eV per atom
 ACCEPTED = {torch.float64: 1e-9, torch.float32: 1e-5}

@@ -17,6 +17,7 @@ import mtinfer
 from mtinfer import Potential, Prediction, testing
 from mtinfer.checkpoint.load import read
 from mtinfer.errors import StructureError, UnsupportedModelError
+from mtinfer.random_checkpoint import write_random_checkpoint
 from mtinfer.testing import (
     CONFORMANCE,
     DERIVATIVE_CHECKS,
@@ -25,7 +26,6 @@ from mtinfer.testing import (
     check_forces,
     check_inputs_unmodified,
     example_structure,
-    write_random_checkpoint,
 )
 
 Spoil = Callable[[ase.Atoms, Prediction, int], Prediction]

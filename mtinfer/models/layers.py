@@ -291,8 +291,9 @@ def row_sum(x: Tensor) -> Tensor:
     return _RowSum.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
-#: logit of what takes no part in a softmax; finite, since a difference of infinities is no number
-NO_LOGIT = -1e30
+#: logit of what takes no part in a softmax; finite, since a difference of infinities is no number, and the
+#: same in float32, in which peaks are found
+NO_LOGIT = -(2.0**100)
 
 
 def row_peak(logits: Tensor) -> Tensor:

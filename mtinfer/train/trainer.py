@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import signal
 import time
@@ -287,9 +288,12 @@ class Trainer:
         if task.config.validation is None or not task.validation:
             return None
         total = Errors.none()
-        for n, (index, system, chosen) in enumerate(_rounds(task.validation)):
-            if n == task.config.validation.n_batches:
-                break
+        batches = _rounds(task.validation)
+        n_batches = min(task.config.validation.n_batches, len(batches))
+        # each display goes on where the one before ended, so that few batches see all systems in time
+        first = n_batches * (self.step // self.plan.config.run.disp_freq)
+        for n in range(first, first + n_batches):
+            index, system, chosen = batches[n % len(batches)]
             # validation systems are numbered on from the training systems
             batch = self._batches(k, len(task.systems) + index, system, chosen).to(self.device)
             result = self.steps[task.name](
@@ -354,13 +358,13 @@ def _in_order(system: System, n_batches: int) -> Iterator[tuple[int, ...]]:
         yield tuple(range(start, min(start + size, len(system.frames))))
 
 
-def _rounds(systems: list[System]) -> Iterator[tuple[int, System, tuple[int, ...]]]:
+def _rounds(systems: list[System]) -> list[tuple[int, System, tuple[int, ...]]]:
     """Batches of all systems in file order: the first of each, then the second, ..."""
-    for position in range(max(system.n_batches for system in systems)):
-        for index, system in enumerate(systems):
-            for n, chosen in enumerate(_in_order(system, system.n_batches)):
-                if n == position:
-                    yield index, system, chosen
+    own = [
+        [(index, system, chosen) for chosen in _in_order(system, system.n_batches)]
+        for index, system in enumerate(systems)
+    ]
+    return [batch for of_round in itertools.zip_longest(*own) for batch in of_round if batch is not None]
 
 
 @contextlib.contextmanager

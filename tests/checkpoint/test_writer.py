@@ -16,7 +16,7 @@ from mtinfer.checkpoint.load import read
 from mtinfer.checkpoint.writer import convert
 from mtinfer.descriptor_kinds import DESCRIPTOR_TYPES, KINDS, kind_of
 from mtinfer.models.energy import _DESCRIPTORS
-from mtinfer.testing import write_random_checkpoint
+from mtinfer.random_checkpoint import write_random_checkpoint
 
 Config = dict[str, Any]
 OTHER = {"pt": "pt_expt", "pt_expt": "pt"}

@@ -238,3 +238,4 @@ def test_attention_whatever_its_logits_are(n_phantom: int, level: float) -> None
     count = torch.tensor(float(n_phantom), dtype=torch.float64)
     got = attention._softmax(logits, mask, count)
     torch.testing.assert_close(got, torch.nn.functional.pad(expected[:4], (0, 1)), rtol=1e-13, atol=0.0)
+    assert torch.equal(attention._softmax(logits, torch.zeros_like(mask), count), torch.zeros_like(logits))

@@ -17,6 +17,7 @@ from tiny_inputs import DESCRIPTORS, SYSTEMS, plan_of, shared_input
 import mtinfer
 from mtinfer.checkpoint.load import read
 from mtinfer.errors import CheckpointError, OutputError, TrainingError
+from mtinfer.train.sampling import Batches
 from mtinfer.train.starting import Start
 from mtinfer.train.trainer import Trainer
 
@@ -207,6 +208,27 @@ def test_learning_curve_has_a_row_and_a_picture_for_every_task(tmp_path: Path) -
     assert all(float(row["rmse_force_valid"]) > 0 for row in found)
     assert not any(row["rmse_virial_valid"] for row in found if row["task"] == "clusters")
     assert (tmp_path / "lcurve-copper.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_displays_take_turns_with_the_validation_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = shared_input("dpa1strip", numb_steps=4, disp_freq=1)
+    content["training"]["data_dict"]["clusters"]["validation_data"] |= {"numb_btch": 1, "batch_size": 1}
+    plan = plan_of(content)
+    seen: list[int] = []
+    made = Batches.__call__
+
+    def noted(self: Batches, task: int, system: int, *rest: Any) -> Any:
+        if task == 0 and system >= len(plan.tasks[0].systems):
+            seen.append(system - len(plan.tasks[0].systems))
+        return made(self, task, system, *rest)
+
+    monkeypatch.setattr(Batches, "__call__", noted)
+    Trainer(plan, tmp_path, mode="off").run()
+    assert sorted(set(seen)) == [0, 1, 2]
+    assert len(seen) == 4
 
 
 @pytest.mark.usefixtures("no_pictures")
