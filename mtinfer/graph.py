@@ -249,9 +249,11 @@ class SharedGraph:
 
     def _compile(self, store: GraphStore) -> _Compiled:
         from torch._inductor import aot_compile
+        from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.package.package import package_aoti
         from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
+        get_cpp_compiler()  # raises where there is none: before the minute that the rest takes
         # torch 2.13 warns of itself
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
         module, fakes = trace(self.function, self.arguments, self.weights)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 from click.testing import CliRunner
-from reference_files import SE_E2_A
+from reference_files import STRIP
 
 import mtinfer
 from mtinfer.bench import measure, row, water
@@ -15,12 +15,12 @@ from mtinfer.errors import MtinferError
 
 
 def test_figures_of_a_file() -> None:
-    figures = measure(str(SE_E2_A), "water", 6, steps=2, threads=1, device="cpu", tabulate=False)
+    figures = measure(str(STRIP), "water", 6, steps=2, threads=1, device="cpu", tabulate=False)
     assert figures.n_atoms == 6
     assert figures.graphs_compiled <= 1
     assert 0.0 < figures.median_ms < 1e3 * figures.first_call_s
     # the fitting net of each atom, there and back
-    weights = mtinfer.load(SE_E2_A, compile=False).head("water").model.parameters()
+    weights = mtinfer.load(STRIP, compile=False).head("water").model.parameters()
     of_net = sum(
         math.prod(s.shape)
         for n, s in weights.items()
@@ -35,7 +35,7 @@ def test_figures_of_a_file() -> None:
         "pt2": {"error": "broken"},
     }
     cells = row(figures, theirs).split("|")
-    assert cells[1].strip() == SE_E2_A.name
+    assert cells[1].strip() == STRIP.name
     assert [cell.strip() for cell in cells[-3:-1]] == ["3.0x", "0.25x"]
     assert row(figures, {"pt": {"error": "broken"}}).endswith("| failed |  |  |")
 
@@ -44,10 +44,10 @@ def test_bad_requests_are_named() -> None:
     with pytest.raises(MtinferError, match="multiple of 3"):
         water(4)
     with pytest.raises(MtinferError, match="head"):
-        measure(str(SE_E2_A), None, 3, steps=1, threads=1, device="cpu", tabulate=False)
+        measure(str(STRIP), None, 3, steps=1, threads=1, device="cpu", tabulate=False)
     for arguments, text in (
         (["no-such-model"], "neither a file nor an architecture; those are se_e2_a"),
-        ([str(SE_E2_A), "--deepmd-python", __file__, "--deepmd-script", "no.py"], "no such script"),
+        ([str(STRIP), "--deepmd-python", __file__, "--deepmd-script", "no.py"], "no such script"),
     ):
         result = CliRunner().invoke(main, ["bench", *arguments])
         assert result.exit_code == 2

@@ -54,7 +54,7 @@ def test_parts_give_what_one_call_gives(path: Path, head: str, monkeypatch: pyte
     assert potential.head(head).stages.graphs
 
 
-@pytest.mark.parametrize("name", ["dpa2-separate-pt", "dpa3-shared-pt"])
+@pytest.mark.parametrize("name", [pytest.param("dpa2-separate-pt", marks=pytest.mark.slow), "dpa3-shared-pt"])
 def test_compiled_stages_serve_all_heads_and_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = DATA / f"reference/checkpoints/{name}.pt"
     potential = mtinfer.load(path, device="cpu", compile=False)

@@ -26,12 +26,8 @@ def train(folder: Path, kind: str, fitting: bool, mode: Any, n_steps: int = 30) 
     return trainer
 
 
-def _marked(kind: str, mode: str) -> Any:
-    slow = mode == "wait" and kind != "dpa1strip"
-    return pytest.param(kind, mode, marks=[pytest.mark.slow] if slow else [], id=f"{kind}-{mode}")
-
-
-CASES = [_marked(kind, mode) for kind in DESCRIPTORS for mode in ("off", "wait")]
+CASES = [pytest.param(kind, "off", id=f"{kind}-off") for kind in DESCRIPTORS]
+CASES += [pytest.param(kind, "wait", id=f"{kind}-wait", marks=pytest.mark.slow) for kind in DESCRIPTORS]
 
 
 @pytest.mark.parametrize("fitting", [False, True], ids=["separate", "shared"])
