@@ -73,7 +73,7 @@ class Potential:
         return partial(self._loads_again, compile=self.graphs[0].mode), ()
 
     def __repr__(self) -> str:
-        return f"Potential(heads={self.heads}, type_map={self.type_map}, device={str(self.device)!r})"
+        return f"Potential(heads={self.heads}, device={str(self.device)!r})"
 
     def __deepcopy__(self, memo: object) -> Potential:
         return self

@@ -282,7 +282,8 @@ class Trainer:
         if curve is not None:
             now, (then, step) = time.monotonic(), self._last_display
             self._last_display = now, self.step
-            shown(Shown(self.step, lr, (self.step - step) / (now - then), found))
+            rate = (self.step - step) / max(now - then, 1e-9)
+            shown(Shown(self.step, lr, rate, found))
 
     def _validate(self, k: int, task: Task) -> Errors | None:
         if task.config.validation is None or not task.validation:
