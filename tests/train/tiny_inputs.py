@@ -108,7 +108,7 @@ def training_input(
                 "data_dict": {
                     task: {
                         "training_data": {"systems": systems, "batch_size": 1},
-                        "validation_data": {"systems": systems, "batch_size": 2, "numb_btch": 2},
+                        "validation_data": {"systems": systems, "batch_size": 2, "numb_btch": 9},
                     }
                     for task, systems in SYSTEMS.items()
                 },
