@@ -1,4 +1,4 @@
-"""One compiled graph for all heads of an architecture; the only file that knows the compiler.
+"""One compiled graph for all heads of an architecture; with `cpu_code` the only file that knows the compiler.
 
 A graph is a function of tensors: data first, then weights. It is traced once with symbolic data axes and
 fixed weight shapes, compiled once, and kept on disk, so that it serves every head, every structure size and
@@ -7,18 +7,16 @@ every later process. Nothing of it is ever attached to a model or written into a
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -42,7 +40,7 @@ _SELF_CHECK_FLOOR = 0.01
 #: sizes to trace with: all different and none small, since the compiler may take what coincides for a rule
 _EXAMPLE_SIZES = (61, 97, 53, 71, 83, 59, 101, 67, 89, 79, 73, 103, 107, 109, 113, *range(127, 600, 2))
 _OPTIONS = {
-    # floats; for doubles see `_TANH`
+    # floats; for doubles see `cpu_code`
     "cpp.use_decompose_tanh": True,
     # code that fits any number of threads; else the number at hand is part of it, down to the size of buffers
     "cpp.dynamic_threads": True,
@@ -253,6 +251,8 @@ class SharedGraph:
         from torch._inductor.package.package import package_aoti
         from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
+        from .cpu_code import cpu_code
+
         get_cpp_compiler()  # raises where there is none: before the minute that the rest takes
         # torch 2.13 warns of itself
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
@@ -261,8 +261,7 @@ class SharedGraph:
         with (
             tempfile.TemporaryDirectory(prefix="mtinfer-") as folder,
             temporary_cache_dir(str((store.directory if store.make() else Path(folder)) / "inductor")),
-            _without_transposed_tiles(),
-            _with_short_tanh(),
+            cpu_code(),
         ):
             options = {**_OPTIONS, "aot_inductor.package": True, "aot_inductor.output_path": folder}
             files = aot_compile(module, tuple(fakes), options=options)
@@ -311,61 +310,6 @@ class SharedGraph:
     def _give_up(self, reason: str) -> None:
         self.mode, self._compiled = "off", None
         warnings.warn(f"{reason}; evaluating eagerly, which is slower but right", GraphWarning, stacklevel=2)
-
-
-@contextlib.contextmanager
-def _without_transposed_tiles() -> Iterator[None]:
-    """Keep Inductor's CPU code from vectorising over two axes at once.
-
-    Its transposed tiles (`CppTile2DKernel`, torch 2.13) give wrong numbers with dynamic sizes: seen in the
-    forces of DPA-3 and in the second derivative of a softmax. No option switches them off.
-    """
-    from torch._inductor.codegen.cpp import TilingSelect
-
-    select = TilingSelect.select_tiling
-
-    def along_the_last_axis(self: Any, *arguments: Any) -> Any:
-        factors, axes, *rest = select(self, *arguments)
-        return (factors[-1:], axes[-1:], *rest)
-
-    with patch.object(TilingSelect, "select_tiling", along_the_last_axis):
-        yield
-
-
-#: tanh of a vector of doubles x, within a few ulp, in less time than by way of exp. It is a ratio p/q, first
-#: of y = x/64 by the Padé approximant [7/6] (Abramowitz and Stegun 4.5.70, cut off), then of 2y, 4y, … x:
-#: tanh 2y = 2pq/(p² + q²), which does not enlarge relative errors. Beyond 19.1 it is 1 to the last digit.
-_TANH = """[](const auto& x) {{
-    using V = std::decay_t<decltype(x)>;
-    const auto y = at::vec::clamp(x, V(-19.1), V(19.1)) * V(1.0 / 64.0);
-    const auto z = y * y;
-    auto p = at::vec::fmadd(z, V(1.0 / 135135.0), V(378.0 / 135135.0));
-    p = at::vec::fmadd(z, p, V(17325.0 / 135135.0));
-    p = y * at::vec::fmadd(z, p, V(1.0));
-    auto q = at::vec::fmadd(z, V(28.0 / 135135.0), V(3150.0 / 135135.0));
-    q = at::vec::fmadd(z, q, V(62370.0 / 135135.0));
-    q = at::vec::fmadd(z, q, V(1.0));
-    for (int k = 0; k < 6; ++k) {{
-        const auto pq = p * q;
-        q = at::vec::fmadd(q, q, p * p);
-        p = pq + pq;
-    }}
-    return p / q;
-}}({})"""
-
-
-@contextlib.contextmanager
-def _with_short_tanh() -> Iterator[None]:
-    """Have Inductor's CPU code evaluate tanh of doubles by `_TANH`; no option of torch 2.13 does."""
-    from torch._inductor.codegen.cpp import CppVecOverrides
-
-    usual = CppVecOverrides.tanh
-
-    def tanh(x: Any) -> str:
-        return _TANH.format(x) if x.dtype == torch.float64 else str(usual(x))  # type: ignore[no-untyped-call]
-
-    with patch.object(CppVecOverrides, "tanh", staticmethod(tanh)):
-        yield
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:

@@ -37,9 +37,9 @@ def _sources() -> str:
     """Digest of the files whose text determines a graph."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    modules = ["graph", "heads", "stage_graphs", "value_graphs", "train/batch", "train/step"]
+    modules = ["graph", "heads", "stage_graphs", "value_graphs", "cpu_code", "train/batch", "train/step"]
     traced = [here / f"{module}.py" for module in modules]
-    for path in sorted([*(here / "models").glob("*.py"), *traced]):
+    for path in sorted([*(here / "models").glob("*.py"), *traced, here / "product.h"]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
