@@ -52,7 +52,7 @@ def _without_transposed_tiles() -> Iterator[None]:
 #: tanh of a vector of doubles x, within a few ulp, in less time than by way of exp. It is a ratio p/q, first
 #: of y = x/64 by the Padé approximant [7/6] (Abramowitz and Stegun 4.5.70, cut off), then of 2y, 4y, … x:
 #: tanh 2y = 2pq/(p² + q²), which does not enlarge relative errors. Beyond 19.1 it is 1 to the last digit.
-_TANH = """[](const auto& x) __attribute__((always_inline)) {{
+_TANH = """[](const auto& x) C10_ALWAYS_INLINE_ATTRIBUTE {{
     using V = std::decay_t<decltype(x)>;
     const auto y = at::vec::clamp(x, V(-19.1), V(19.1)) * V(1.0 / 64.0);
     const auto z = y * y;
