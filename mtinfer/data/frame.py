@@ -38,10 +38,14 @@ class Frame:
     index: int
 
     @property
+    def comparable_virial(self) -> Array | None:
+        """The virial where an axis is periodic; elsewhere a label of it means nothing."""
+        return self.virial if self.atoms.pbc.any() else None
+
+    @property
     def has_labels(self) -> bool:
-        """Whether anything can be compared with a prediction; a virial counts where an axis is periodic."""
-        has_virial = self.virial is not None and bool(self.atoms.pbc.any())
-        return self.energy is not None or self.forces is not None or has_virial
+        """Whether anything can be compared with a prediction."""
+        return any(label is not None for label in (self.energy, self.forces, self.comparable_virial))
 
     @property
     def name(self) -> str:

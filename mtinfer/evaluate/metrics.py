@@ -39,9 +39,8 @@ def _forces(frame: Frame, prediction: Prediction) -> Pair | None:
 
 
 def _virial(frame: Frame, prediction: Prediction) -> Pair | None:
-    if frame.virial is None or not frame.atoms.pbc.any():
-        return None
-    return frame.virial.ravel(), prediction.virial.ravel()
+    virial = frame.comparable_virial
+    return None if virial is None else (virial.ravel(), prediction.virial.ravel())
 
 
 def _stress(frame: Frame, prediction: Prediction) -> Pair | None:

@@ -94,7 +94,6 @@ class Trainer:
         self.ema = self._ema(state.ema)
         self._observed = state.observed
         self._errors = [Errors(*found) for found in state.errors]
-        self._last_display = time.monotonic(), self.step
 
     # ---- start ---------------------------------------------------------------------------------------
 
