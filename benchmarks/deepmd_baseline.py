@@ -65,8 +65,8 @@ class Figures:
     min_ms: float
     max_ms: float
     #: before the first call, with all libraries loaded
-    loaded_rss_mib: float
-    peak_rss_mib: float
+    loaded_mib: float
+    peak_mib: float
     #: of the structure as it is, to see that all forms computed the same
     energy_ev: float
 
@@ -82,8 +82,12 @@ def repeated(atoms: ase.Atoms, n_atoms: int) -> ase.Atoms:
     return atoms.repeat(min(repeats, key=lambda counts: np.ptp(np.log(lengths * counts))))
 
 
-def peak_rss_mib() -> float:
-    """Return the largest resident set of this process so far, MiB."""
+def peak_mib() -> float:
+    """Return the largest resident set of this process so far, or of its tensors on a GPU, MiB."""
+    import torch
+
+    if torch.cuda.is_available() and os.environ.get("DEVICE") != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     if status.exists():  # unlike `ru_maxrss`, not inherited from the process that started this one
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -107,7 +111,7 @@ def measure(task: Task) -> Figures:
     types = [potential.get_type_map().index(symbol) for symbol in atoms.get_chemical_symbols()]
     cell = atoms.cell.array.reshape(1, 9) if atoms.pbc.any() else None
     rng = np.random.default_rng(0)
-    loaded_rss_mib = peak_rss_mib()
+    loaded_mib = peak_mib()
     energy, seconds = math.nan, []
     for step in range(1 + WARM_UP + task.steps):
         moved = atoms.positions + (rng.normal(0, DISPLACEMENT, (len(atoms), 3)) if step else 0.0)
@@ -124,8 +128,8 @@ def measure(task: Task) -> Figures:
         median_ms=statistics.median(counted),
         min_ms=min(counted),
         max_ms=max(counted),
-        loaded_rss_mib=loaded_rss_mib,
-        peak_rss_mib=peak_rss_mib(),
+        loaded_mib=loaded_mib,
+        peak_mib=peak_mib(),
         energy_ev=energy,
     )
 

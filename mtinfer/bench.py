@@ -165,7 +165,8 @@ class Figures:
     #: first energy, forces and virial, compilation included, s
     first_call_s: float
     median_ms: float
-    peak_rss_mib: float
+    #: of the process; on a GPU of its memory there
+    peak_mib: float
     graphs_compiled: int
     #: floating-point operations of all matrix products of a step, and what they read and write
     gflop: float
@@ -235,7 +236,15 @@ def measure(
 
 
 def measure_deepmd(
-    python: Path, script: Path, model: str, head: str | None, n_atoms: int, *, steps: int, threads: int
+    python: Path,
+    script: Path,
+    model: str,
+    head: str | None,
+    n_atoms: int,
+    *,
+    steps: int,
+    threads: int,
+    device: str,
 ) -> dict[str, dict[str, Any]]:
     """Measure deepmd-kit on the same weights and the same structure with the interpreter `python`.
 
@@ -262,7 +271,9 @@ def measure_deepmd(
             str(threads),
             "--freeze",
         ]
-        done = subprocess.run(command, capture_output=True, text=True)
+        # else deepmd-kit takes the first GPU, where there is one
+        environment = {**os.environ, "DEVICE": "cpu"} if device == "cpu" else None
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise MtinferError(f"{python} could not measure deepmd-kit: {reason}")
@@ -302,7 +313,7 @@ def _measure_here(
         began = time.perf_counter()
         calculator.calculate(atoms)
         seconds.append(time.perf_counter() - began)
-    peak = _peak_rss_mib()
+    peak = _peak_mib(calculator.potential.device)
     gflop, gbyte, n_edges = _count(calculator, atoms)
     rate = _matmul_gflops(*_largest_weight(calculator))
     return Figures(
@@ -314,7 +325,7 @@ def _measure_here(
         load_s=load_s,
         first_call_s=seconds[0],
         median_ms=1e3 * statistics.median(seconds[1 + warm_up :]),
-        peak_rss_mib=peak,
+        peak_mib=peak,
         graphs_compiled=calculator.potential.graphs_compiled,
         gflop=gflop,
         gbyte=gbyte,
@@ -385,7 +396,7 @@ def _largest_weight(calculator: Any) -> tuple[Any, torch.dtype]:
 
 def _matmul_gflops(device: Any, dtype: torch.dtype) -> float:
     """Rate of a large matrix product, Gflop/s."""
-    n = 2048
+    n = 2048 if device.type == "cpu" else 8192
     a = torch.rand(n, n, dtype=dtype, device=device)
     seconds = []
     for _ in range(5):
@@ -395,7 +406,9 @@ def _matmul_gflops(device: Any, dtype: torch.dtype) -> float:
     return 2e-9 * n**3 / min(seconds)
 
 
-def _peak_rss_mib() -> float:
+def _peak_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
     if status.exists():  # unlike `ru_maxrss`, not inherited from the process that started this one
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -425,7 +438,7 @@ def row(figures: Figures, forms: dict[str, dict[str, Any]]) -> str:
         theirs = [
             f"{best['median_ms']:.1f} ({form})",
             f"{best['median_ms'] / figures.median_ms:.1f}x",
-            f"{figures.peak_rss_mib / best['peak_rss_mib']:.2f}x",
+            f"{figures.peak_mib / best['peak_mib']:.2f}x",
         ]
     elif forms:
         theirs[0] = "failed"
@@ -435,7 +448,7 @@ def row(figures: Figures, forms: dict[str, dict[str, Any]]) -> str:
         f"{figures.median_ms:.1f}",
         f"{figures.atom_steps_per_second:.0f}",
         f"{figures.median_ms / figures.roofline_ms:.1f}x of {figures.roofline_ms:.1f}",
-        f"{figures.peak_rss_mib:.0f}",
+        f"{figures.peak_mib:.0f}",
         f"{figures.first_call_s:.1f}",
         f"{figures.graphs_compiled}",
         *theirs,

@@ -134,7 +134,7 @@ class MTCalculator(Calculator):
             raise CalculatorSetupError("no structure was given; set atoms.calc, or pass atoms")
         structure, state = self.atoms, self._state
         rcut = state.model.rcut
-        neighbors = self._lists.setdefault(rcut, VerletList(rcut, self._skin))
+        neighbors = self._lists.setdefault(rcut, VerletList(rcut, self._skin, self.potential.device))
         found = [neighbors.candidates(structure)]
         inputs = self.potential.inputs([structure], found, state, type_dict=self._type_dict)
         prediction = self.potential.predict(inputs, state)[0]

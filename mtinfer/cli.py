@@ -304,8 +304,8 @@ def bench(
         own = head if name not in ARCHITECTURES else "water"
         for n_atoms in atoms:
             click.echo(f"{name}, {n_atoms} atoms …", err=True)
-            options: dict[str, Any] = {"steps": steps, "threads": threads}
-            figures = measure(name, own, n_atoms, device=device, tabulate=tabulate, **options)
+            options: dict[str, Any] = {"steps": steps, "threads": threads, "device": device}
+            figures = measure(name, own, n_atoms, tabulate=tabulate, **options)
             theirs = {}
             if deepmd_python is not None:
                 theirs = measure_deepmd(deepmd_python, deepmd_script, name, own, n_atoms, **options)

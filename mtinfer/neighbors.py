@@ -147,11 +147,14 @@ class VerletList:
         cutoff of the model, Å.
     skin
         added to the cutoff when searching, Å; 0 searches at every call.
+    device
+        where the candidates are kept.
     """
 
-    def __init__(self, rcut: float, skin: float) -> None:
+    def __init__(self, rcut: float, skin: float, device: torch.device | None = None) -> None:
         self.rcut = rcut
         self.skin = skin
+        self._device = device or torch.device("cpu")
         self.n_searches = 0
         self._candidates: Candidates | None = None
         self._positions = np.empty((0, 3))
@@ -163,7 +166,7 @@ class VerletList:
         positions = atoms.get_positions()
         check_geometry(atoms, positions)
         if self._candidates is None or not self._still_covers(atoms, positions):
-            self._candidates = find_candidates(atoms, self.rcut + self.skin)
+            self._candidates = find_candidates(atoms, self.rcut + self.skin).to(self._device)
             self._positions, self._box, self._pbc = positions, _box(atoms), atoms.pbc.copy()
             self.n_searches += 1
         return self._candidates

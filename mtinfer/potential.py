@@ -296,7 +296,7 @@ class Potential:
                     self._types(structure, state)  # warns of elements that this head never saw
                 fparam, aparam, _ = self._parameters(structures, state)
                 own = replace(inputs, fparam=fparam, aparam=aparam)
-                energies[state.name] = self._values.fit(described, own, state).cpu().numpy()
+                energies[state.name] = self._values.fit(described, own, state).numpy()
         return energies
 
     def _layouts(self, inputs: GraphInputs, state: HeadState) -> list[Layout]:

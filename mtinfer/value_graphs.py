@@ -89,7 +89,7 @@ class ValueGraphs:
         ]
 
     def fit(self, described: Sequence[Described], inputs: GraphInputs, state: HeadState) -> Tensor:
-        """Energies of the structures of `inputs`, shape (n_frames,), eV."""
+        """Energies of the structures of `inputs`, shape (n_frames,), eV, on the CPU."""
         model = state.model
         names = [name for name in state.weight_names if not name.startswith("descriptor.")]
         fitting = model.fitting
@@ -109,7 +109,9 @@ class ValueGraphs:
             data = (own.features, inputs.types[own.atoms], fparam, inputs.aparam[own.atoms])
             (net,) = graph(data, tuple(weights.values()))
             energies[own.atoms] += net
-        return energies.new_zeros(inputs.n_frames).index_add_(0, inputs.frames, energies)
+        # on the CPU, where `index_add_` adds in the order of the atoms
+        total = torch.zeros(inputs.n_frames, dtype=energies.dtype)
+        return total.index_add_(0, inputs.frames.cpu(), energies.cpu())
 
     def _graph(
         self,

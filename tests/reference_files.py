@@ -1,7 +1,8 @@
-"""Checkpoints that deepmd-kit made, with the structures and numbers that belong to them."""
+"""Checkpoints that deepmd-kit made, the structures and numbers that belong to them, and how near is right."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,9 +11,12 @@ import ase
 import ase.io
 import numpy as np
 import pytest
+import torch
 
+from mtinfer import Potential, Prediction
 from mtinfer.checkpoint.peek import peek
 from mtinfer.models.energy import _DESCRIPTORS
+from mtinfer.testing import precision
 
 DATA = Path(__file__).parent / "data"
 FILES = sorted(DATA.glob("**/checkpoints/*.pt"))
@@ -94,3 +98,34 @@ def _of_structure(
     values = {name: numbers[f"{prefix}/{name}"] for name in ("atom_energy", "forces", "virial")}
     noise = numbers.get(f"{prefix}/noise", np.zeros(3))
     return atoms, Expected(energy=float(numbers[f"{prefix}/energy"]), noise=noise, **values)
+
+
+#: eV per atom, eV/Å, eV; relative to the size of the number where that exceeds 1
+ACCEPTED = {torch.float64: (1e-10, 1e-10, 1e-9), torch.float32: (2e-6, 2e-5, 2e-4)}
+
+
+def require_agreement(potential: Potential, head: str, path: Path) -> list[Prediction]:
+    """Compare the numbers of all structures of a file, evaluated in one batch."""
+    pairs = expected(path, head)
+    predictions = potential.evaluate([atoms for atoms, _ in pairs], head)
+    accepted = ACCEPTED[precision(potential.head(head))]
+    for (atoms, numbers), prediction in zip(pairs, predictions, strict=True):
+        require_close(prediction, numbers, accepted, atoms.info["name"])
+    return predictions
+
+
+def require_close(got: Prediction, numbers: Expected, accepted: Sequence[float], structure: str) -> None:
+    n_atoms = len(numbers.atom_energy)
+    per_atom, force, virial = np.maximum(accepted, numbers.noise)
+    compared = [
+        ("energy per atom", got.energy / n_atoms, numbers.energy / n_atoms, per_atom),
+        ("atom_energy", got.atom_energy, numbers.atom_energy, per_atom),
+        ("forces", got.forces, numbers.forces, force),
+        ("virial", got.virial, numbers.virial, virial),
+    ]
+    for what, value, reference, tolerance in compared:
+        deviation = np.max(np.abs(np.asarray(value) - reference))
+        allowed = tolerance * max(1.0, np.max(np.abs(reference)))
+        assert deviation <= allowed, (
+            f"{structure}: {what} deviates by {deviation:.2g}, accepted {allowed:.2g}"
+        )

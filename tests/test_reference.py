@@ -8,18 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from reference_files import WITH_NUMBERS, Expected, cases, expected, heads, slow_unless_compiled
+from reference_files import WITH_NUMBERS, cases, heads, require_agreement, slow_unless_compiled
 
 import mtinfer
 from mtinfer import Potential, Prediction
 from mtinfer.checkpoint import archive
 from mtinfer.checkpoint.load import read
 from mtinfer.potential import PredictionWarning
-from mtinfer.testing import precision
-
-#: eV per atom, eV/Å, eV; relative to the size of the number where that exceeds 1
-ACCEPTED = {torch.float64: (1e-10, 1e-10, 1e-9), torch.float32: (2e-6, 2e-5, 2e-4)}
 
 # the structures have elements that some heads never saw, and more neighbours than some models keep
 pytestmark = pytest.mark.filterwarnings(f"ignore::{PredictionWarning.__module__}.PredictionWarning")
@@ -38,33 +33,6 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path
         return target
 
     return convert
-
-
-def require_agreement(potential: Potential, head: str, path: Path) -> list[Prediction]:
-    """Compare the numbers of all structures of a file, evaluated in one batch."""
-    pairs = expected(path, head)
-    predictions = potential.evaluate([atoms for atoms, _ in pairs], head)
-    accepted = ACCEPTED[precision(potential.head(head))]
-    for (atoms, numbers), prediction in zip(pairs, predictions, strict=True):
-        require_close(prediction, numbers, accepted, atoms.info["name"])
-    return predictions
-
-
-def require_close(got: Prediction, numbers: Expected, accepted: Sequence[float], structure: str) -> None:
-    n_atoms = len(numbers.atom_energy)
-    per_atom, force, virial = np.maximum(accepted, numbers.noise)
-    compared = [
-        ("energy per atom", got.energy / n_atoms, numbers.energy / n_atoms, per_atom),
-        ("atom_energy", got.atom_energy, numbers.atom_energy, per_atom),
-        ("forces", got.forces, numbers.forces, force),
-        ("virial", got.virial, numbers.virial, virial),
-    ]
-    for what, value, reference, tolerance in compared:
-        deviation = np.max(np.abs(np.asarray(value) - reference))
-        allowed = tolerance * max(1.0, np.max(np.abs(reference)))
-        assert deviation <= allowed, (
-            f"{structure}: {what} deviates by {deviation:.2g}, accepted {allowed:.2g}"
-        )
 
 
 def require_identical(got: Sequence[Prediction], wanted: Sequence[Prediction]) -> None:

@@ -25,6 +25,8 @@ from .layout import (
     Pairs,
     Selection,
     VectorsOnSlots,
+    at_once,
+    is_too_much,
     on_slots,
     padded_rows,
     with_empty,
@@ -53,7 +55,7 @@ _REPINIT_DEFAULTS = {
 #: graph arguments of `DPA1`, and the place of the pair types (n, m) among them
 _N_REPINIT = 5
 _PAIR_TYPES = 1
-#: entries of the attention maps of all layers that one graph may keep; about 50 bytes of memory each
+#: entries of the attention maps of all layers that one graph may keep on a CPU
 _LARGE = 2e6
 #: pairs of slots that are evaluated together where everything is too much
 _ENTRIES_OF_PART = 80_000
@@ -246,14 +248,15 @@ class DPA2:
         """Whether what all layers keep for the derivative is too much for one call of the graph."""
         o = self.repformer.options
         n, m, _ = layout.displacements[1].shape
-        return n * m * m * o.attn2_nhead * o.nlayers > _LARGE
+        return is_too_much(n * m * m * o.attn2_nhead * o.nlayers, _LARGE, layout.atoms.device)
 
     def in_parts(
         self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights, call: Call
     ) -> tuple[Tensor, Tensor]:
         """Do what `__call__` does layer after layer, and in a layer some centres after the others."""
         n_filled = _n_filled(displacements[1], self.repformer.environment.rcut)
-        division = Division.of(tensors[_N_REPINIT], n_filled, _ENTRIES_OF_PART)
+        n_entries = at_once(_ENTRIES_OF_PART, n_filled.device)
+        division = Division.of(tensors[_N_REPINIT], n_filled, n_entries)
         return self._evaluate(displacements, tensors, division, weights, call)
 
     def _evaluate(

@@ -18,14 +18,14 @@ from .activations import activation, known_activation
 from .environment import TypeEmbedding
 from .gather import Index, lookup
 from .layers import Weights, precision, required
-from .layout import Argument, Layout, Pairs, Selection, ranks
+from .layout import Argument, Layout, Pairs, Selection, at_once, is_too_much, ranks
 from .repflow import Division, Repflow, RepflowOptions
 from .repflow_layer import Lists
 from .stage import Call, directly
 
 #: rows of the tables: charges -100 … 99, spins 0 … 99
 _N_CHARGES, _N_SPINS = 200, 100
-#: numbers that the layers of one graph may keep for the derivative; about 50 bytes of memory each
+#: numbers that the layers of one graph may keep for the derivative on a CPU
 _LARGE = 5e7
 #: edges and angles that are evaluated together where everything is too much
 _ENTRIES_OF_PART = 40_000
@@ -199,13 +199,13 @@ class DPA3:
         n_angles = self._lists(layout.tensors).first.rows.shape[0]
         n_edges = layout.displacements[0].shape[0]
         kept = (n_angles * (o.a_dim + o.e_dim) + n_edges * (o.e_dim + o.n_dim)) * o.nlayers
-        return kept > _LARGE
+        return is_too_much(kept, _LARGE, layout.atoms.device)
 
     def in_parts(
         self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights, call: Call
     ) -> tuple[Tensor, Tensor]:
         """Do what `__call__` does layer after layer, and in a layer some centres after the others."""
-        division = Division.of(self._lists(tensors), _ENTRIES_OF_PART)
+        division = Division.of(self._lists(tensors), at_once(_ENTRIES_OF_PART, displacements[0].device))
         return self._evaluate(displacements[0], tensors, division, weights, call)
 
     def _lists(self, tensors: tuple[Tensor, ...]) -> Lists:

@@ -14,6 +14,7 @@ from ..descriptor_kinds import KINDS, kind_of
 from ..errors import UnsupportedModelError
 from ..inputs import GraphInputs, ParameterSpec
 from .fitting import EnergyFitting
+from .gather import Index, segment_sum
 from .hybrid import SINGLE, Hybrid
 from .layers import Weights, required
 from .layout import Argument, Layout, Pairs, Selection
@@ -318,7 +319,7 @@ def edge_gradients(
 def forces_and_virial(gradient: Tensor, inputs: GraphInputs) -> tuple[Tensor, Tensor]:
     """Forces and virial from g = dE/dd of every pair, d = r_j - r_i.
 
-    F_k = Σ_(k,j) g - Σ_(i,k) g and W = -Σ g ⊗ d, summed in the order of the pairs.
+    F_k = Σ_(k,j) g - Σ_(i,k) g and W = -Σ g ⊗ d, summed in the same order at every call.
 
     Parameters
     ----------
@@ -329,9 +330,14 @@ def forces_and_virial(gradient: Tensor, inputs: GraphInputs) -> tuple[Tensor, Te
     -------
     forces (n_atoms, 3), eV/Å, and virial (n_frames, 3, 3), eV
     """
-    forces = gradient.new_zeros(inputs.n_atoms, 3)
-    ends = torch.cat([inputs.centers, inputs.neighbors])
-    forces.index_add_(0, ends, torch.cat([gradient, -gradient]))
+    if gradient.device.type == "cpu":
+        ends = torch.cat([inputs.centers, inputs.neighbors])
+        forces = gradient.new_zeros(inputs.n_atoms, 3)
+        forces.index_add_(0, ends, torch.cat([gradient, -gradient]))
+    else:  # where `index_add_` adds in any order
+        outgoing = Index.of(inputs.centers, inputs.n_atoms, ascending=True)
+        incoming = Index.of(inputs.neighbors, inputs.n_atoms)
+        forces = segment_sum(gradient, outgoing) - segment_sum(gradient, incoming)
     # pairs are sorted by centre, hence by frame
     per_frame = torch.bincount(inputs.frames[inputs.centers], minlength=inputs.n_frames).tolist()
     pieces = zip(gradient.split(per_frame), inputs.displacements.split(per_frame), strict=True)

@@ -279,7 +279,7 @@ def row_chunks(counts: Tensor, *, split: bool = True, limit: int | None = None) 
     split
         False puts all rows, even none, into one call.
     limit
-        filled slots of a call on a CPU, on an accelerator in proportion; default: `SLOTS_PER_CALL`.
+        filled slots of a call on a CPU, as for `at_once`; default: `SLOTS_PER_CALL`.
 
     Returns
     -------
@@ -290,9 +290,7 @@ def row_chunks(counts: Tensor, *, split: bool = True, limit: int | None = None) 
     if not counts.shape[0]:
         return []
     on_cpu = counts.device.type == "cpu"
-    limit = limit or SLOTS_PER_CALL
-    if not on_cpu:
-        limit = SLOTS_PER_CALL_ACCELERATOR * limit // SLOTS_PER_CALL
+    limit = at_once(limit or SLOTS_PER_CALL, counts.device)
     order = torch.argsort(counts, stable=True)
     ordered = torch.clamp(counts[order], min=1)
     chunks: list[Tensor] = []
@@ -309,9 +307,30 @@ def row_chunks(counts: Tensor, *, split: bool = True, limit: int | None = None) 
     return [rows for rows in chunks if rows.shape[0]]
 
 
+def at_once(n: int, device: torch.device) -> int:
+    """How many rows are evaluated at once where a CPU's caches hold `n`: an accelerator is busy with more."""
+    return n if device.type == "cpu" else ACCELERATOR_OVER_CPU * n
+
+
+def is_too_much(kept: int, on_cpu: float, device: torch.device) -> bool:
+    """Whether one call of a graph may not keep so many numbers for the derivative.
+
+    Parameters
+    ----------
+    on_cpu
+        most that it may keep on a CPU; on a GPU they take up to a quarter of the memory.
+    """
+    if device.type == "cuda":
+        return kept * BYTES_KEPT > torch.cuda.get_device_properties(device).total_memory / 4
+    return kept > on_cpu
+
+
 #: neighbour slots in one call of a graph whose atoms are independent of each other
 SLOTS_PER_CALL = 20480
-SLOTS_PER_CALL_ACCELERATOR = 2_000_000
+#: rows of an accelerator's call over those of a CPU's
+ACCELERATOR_OVER_CPU = 100
+#: memory that a graph takes for each number that it keeps for the derivative, bytes
+BYTES_KEPT = 50
 #: longest row of a call over its shortest
 MOST_PADDING = 1.5
 #: slots, empty ones included, that go into one call whatever their rows are
