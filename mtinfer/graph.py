@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import warnings
@@ -234,7 +237,7 @@ class SharedGraph:
         try:
             compiled = _stored(store, device)
             if compiled is None and compile_missing:
-                with _compiler(os.getpid()):
+                with _compiler(os.getpid()), store.alone():
                     if self.mode == "off":
                         return
                     compiled = _stored(store, device) or self._compile(store)
@@ -254,8 +257,9 @@ class SharedGraph:
         from .cpu_code import cpu_code
 
         get_cpp_compiler()  # raises where there is none: before the minute that the rest takes
-        # torch 2.13 warns of itself
+        # torch 2.13 warns of itself, and on a GPU recommends a precision that is none
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
         module, fakes = trace(self.function, self.arguments, self.weights)
         # of what the compiler writes only the graph is kept, and what it found out about the processor
         with (
@@ -268,6 +272,7 @@ class SharedGraph:
             package = Path(folder) / "graph.pt2"
             assert isinstance(files, list)
             package_aoti(str(package), files)
+            _require_loadable(package, self.weights[0].device)
             self.n_compiled += 1
             try:
                 store.save(package, self.signature)
@@ -348,11 +353,36 @@ class _Compiled:
     """
 
     def __init__(self, package: Path, device: torch.device) -> None:
-        index = -1 if device.index is None else device.index
-        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
+        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, _index(device))
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         return tuple(self._loader.run([argument.contiguous() for argument in arguments]))
+
+
+def _index(device: torch.device) -> int:
+    return -1 if device.index is None else device.index
+
+
+#: program that loads a graph; of its errors only those count that end it without Python's help
+_LOAD = """import sys, torch
+torch._C._aoti.AOTIModelPackageLoader(sys.argv[1], "model", False, 1, int(sys.argv[2]))
+"""
+
+
+def _require_loadable(package: Path, device: torch.device) -> None:
+    """Raise RuntimeError for a graph whose loading would kill this process, by loading it in another one.
+
+    Seen with g++ 13 of Ubuntu 24.04, whose `std::regex` died in torch's part of a graph (torch 2.13).
+    """
+    if not sys.executable:  # Python is embedded in another program
+        return
+    command = [sys.executable, "-c", _LOAD, str(package), str(_index(device))]
+    status = subprocess.run(command, capture_output=True).returncode
+    if status < 0:
+        raise RuntimeError(
+            f"loading it ended a process by {signal.Signals(-status).name}: the C++ compiler does not fit "
+            "torch; another one, named by CXX, may"
+        )
 
 
 def _stored(store: GraphStore, device: torch.device) -> _Compiled | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,11 @@ from pathlib import Path
 import torch
 
 from . import __version__
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["GraphStore", "cache_directory", "graph_key"]
 
@@ -109,6 +116,28 @@ class GraphStore:
         if not isinstance(record, dict) or record.get("sha256") != hashlib.sha256(content).hexdigest():
             return None
         return self._binary
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other process compiles this graph, and let others wait meanwhile.
+
+        The lock ends with its process. Where there are no locks, or no directory, nobody waits.
+        """
+        path = self.directory / f"{self.key}.lock"
+        file = None
+        if fcntl is not None and self.make():
+            with contextlib.suppress(
+                OSError
+            ):  # a directory that can't be written, a file system without locks
+                file = path.open("a")
+                fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if file is not None:
+                with file, contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+                    fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may hold the file open
 
     def save(self, package: Path, signature: str) -> None:
         """Store a graph: the binary first, then the record that vouches for it."""

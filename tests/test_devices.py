@@ -77,7 +77,7 @@ def test_compiled_agrees_with_deepmd_kit(path: Path) -> None:
 @on_gpu
 @pytest.mark.parametrize("path", [DPA2, DPA3], ids=lambda path: path.stem)
 def test_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtinfer.models.layout.BYTES_KEPT", 1e15)
+    monkeypatch.setattr("mtinfer.models.layout.SHARE_OF_GPU", 0.0)
     monkeypatch.setattr("mtinfer.models.layout.ACCELERATOR_OVER_CPU", 1)
     for name in ("dpa2", "dpa3"):
         monkeypatch.setattr(f"mtinfer.models.{name}._ENTRIES_OF_PART", 1000)

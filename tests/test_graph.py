@@ -19,6 +19,7 @@ import ase
 import numpy as np
 import pytest
 import torch
+import torch.utils.mkldnn  # the compiler imports it, with a warning that `pytest.warns` would pass on
 from ase import units
 from ase.build import bulk
 from ase.md.nose_hoover_chain import IsotropicMTKNPT
@@ -28,7 +29,7 @@ from torch import Tensor
 import mtinfer
 from mtinfer import MTCalculator, Potential
 from mtinfer.graph import GraphWarning, SharedGraph, _compiler, _stored, trace
-from mtinfer.graph_store import GraphStore, cache_directory
+from mtinfer.graph_store import GraphStore, cache_directory, graph_key
 from mtinfer.models.layout import Argument
 from mtinfer.testing import precision
 
@@ -352,6 +353,7 @@ PAGE_FAULTS = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 import torch
+import torch.utils.mkldnn  # the compiler imports it, with a warning that `pytest.warns` would pass on
 from test_graph import small_graph
 
 def call():
@@ -469,6 +471,36 @@ def test_graph_that_cannot_be_stored_still_serves(store: Path, monkeypatch: pyte
         require_eager_numbers(graph, data())
     require_eager_numbers(graph, data(3, 2))
     assert graph.is_compiled
+
+
+def test_two_processes_compile_a_graph_once(filled_store: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    graph = small_graph()
+    other = GraphStore(filled_store, graph_key(graph.signature, torch.device("cpu")))
+    thread = threading.Thread(target=graph, args=(data(), [WEIGHTS]))
+    with other.alone():  # as if another process compiled
+        files = [path for path in filled_store.glob(f"{other.key}.*") if path.suffix != ".lock"]
+        for path in files:
+            shutil.move(path, elsewhere)
+        thread.start()
+        thread.join(1.0)
+        assert thread.is_alive()
+        for path in files:
+            shutil.move(elsewhere / path.name, filled_store)
+    thread.join()
+    assert (graph.n_compiled, graph.is_compiled) == (0, True)
+    assert not list(filled_store.glob("*.lock"))
+
+
+def test_graph_that_kills_a_process_is_not_loaded(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dies = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    monkeypatch.setattr("mtinfer.graph._LOAD", dies)
+    graph = small_graph()
+    with pytest.warns(GraphWarning, match="ended a process by SIGSEGV.*CXX"):
+        require_eager_numbers(graph, data())
+    assert not graph.is_compiled
+    assert not list(store.glob("*.graph"))
 
 
 def test_graph_that_others_can_write_is_refused(filled_store: Path) -> None:

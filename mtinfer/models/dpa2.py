@@ -57,6 +57,8 @@ _N_REPINIT = 5
 _PAIR_TYPES = 1
 #: entries of the attention maps of all layers that one graph may keep on a CPU
 _LARGE = 2e6
+#: numbers that a GPU has in memory at once for each of those (measured: 10 to 13)
+_MEMORY = 15
 #: pairs of slots that are evaluated together where everything is too much
 _ENTRIES_OF_PART = 80_000
 
@@ -248,7 +250,8 @@ class DPA2:
         """Whether what all layers keep for the derivative is too much for one call of the graph."""
         o = self.repformer.options
         n, m, _ = layout.displacements[1].shape
-        return is_too_much(n * m * m * o.attn2_nhead * o.nlayers, _LARGE, layout.atoms.device)
+        n_bytes = _MEMORY * self.dtype.itemsize
+        return is_too_much(n * m * m * o.attn2_nhead * o.nlayers, _LARGE, n_bytes, layout.atoms.device)
 
     def in_parts(
         self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights, call: Call

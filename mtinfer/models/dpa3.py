@@ -27,6 +27,8 @@ from .stage import Call, directly
 _N_CHARGES, _N_SPINS = 200, 100
 #: numbers that the layers of one graph may keep for the derivative on a CPU
 _LARGE = 5e7
+#: numbers that a GPU has in memory at once for each of those (measured: 2.1)
+_MEMORY = 2.5
 #: edges and angles that are evaluated together where everything is too much
 _ENTRIES_OF_PART = 40_000
 
@@ -199,7 +201,7 @@ class DPA3:
         n_angles = self._lists(layout.tensors).first.rows.shape[0]
         n_edges = layout.displacements[0].shape[0]
         kept = (n_angles * (o.a_dim + o.e_dim) + n_edges * (o.e_dim + o.n_dim)) * o.nlayers
-        return is_too_much(kept, _LARGE, layout.atoms.device)
+        return is_too_much(kept, _LARGE, _MEMORY * self.repflow.dtype.itemsize, layout.atoms.device)
 
     def in_parts(
         self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights, call: Call

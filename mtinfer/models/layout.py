@@ -312,16 +312,18 @@ def at_once(n: int, device: torch.device) -> int:
     return n if device.type == "cpu" else ACCELERATOR_OVER_CPU * n
 
 
-def is_too_much(kept: int, on_cpu: float, device: torch.device) -> bool:
+def is_too_much(kept: int, on_cpu: float, n_bytes: float, device: torch.device) -> bool:
     """Whether one call of a graph may not keep so many numbers for the derivative.
 
     Parameters
     ----------
     on_cpu
-        most that it may keep on a CPU; on a GPU they take up to a quarter of the memory.
+        most that it may keep on a CPU.
+    n_bytes
+        memory that a call takes for each; on a GPU, up to `SHARE_OF_GPU` of all that there is.
     """
     if device.type == "cuda":
-        return kept * BYTES_KEPT > torch.cuda.get_device_properties(device).total_memory / 4
+        return kept * n_bytes > SHARE_OF_GPU * torch.cuda.get_device_properties(device).total_memory
     return kept > on_cpu
 
 
@@ -329,8 +331,8 @@ def is_too_much(kept: int, on_cpu: float, device: torch.device) -> bool:
 SLOTS_PER_CALL = 20480
 #: rows of an accelerator's call over those of a CPU's
 ACCELERATOR_OVER_CPU = 100
-#: memory that a graph takes for each number that it keeps for the derivative, bytes
-BYTES_KEPT = 50
+#: memory of a GPU that a call of a graph may take
+SHARE_OF_GPU = 0.25
 #: longest row of a call over its shortest
 MOST_PADDING = 1.5
 #: slots, empty ones included, that go into one call whatever their rows are
