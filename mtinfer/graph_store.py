@@ -126,9 +126,8 @@ class GraphStore:
         path = self.directory / f"{self.key}.lock"
         file = None
         if fcntl is not None and self.make():
-            with contextlib.suppress(
-                OSError
-            ):  # a directory that can't be written, a file system without locks
+            # a directory that can't be written, or a file system without locks, keeps nobody
+            with contextlib.suppress(OSError):
                 file = path.open("a")
                 fcntl.flock(file, fcntl.LOCK_EX)
         try:
