@@ -26,7 +26,7 @@ class OneDevice(TorchDispatchMode):
     ) -> Any:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim]
         devices = {x.device.type for x in tensors}
-        if len(devices) > 1 and "copy" not in str(func):
+        if len(devices) > 1 and func is not torch.ops.aten.copy_.default:
             raise RuntimeError(f"{func} on {' and '.join(sorted(devices))}")
         return func(*args, **(kwargs or {}))
 

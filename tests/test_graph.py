@@ -353,7 +353,6 @@ PAGE_FAULTS = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-import torch.utils.mkldnn  # the compiler imports it, with a warning that `pytest.warns` would pass on
 from test_graph import small_graph
 
 def call():
