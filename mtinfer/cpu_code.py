@@ -1,8 +1,9 @@
 """What `mtinfer.graph` changes in the code that Inductor writes for processors (torch 2.13).
 
 No option of Inductor does any of this: its transposed tiles are switched off, since they give wrong numbers;
-tanh of doubles is shorter; products of doubles are written out, since MKL is slow in small ones (by up to a
-factor of three on processors that are not Intel's).
+tanh of doubles and sigmoid of floats are shorter; products are written out, since MKL is slow in small ones
+(by up to a factor of three on processors that are not Intel's); so are the operators of
+`mtinfer.models.gather`, which are calls of Python else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch._inductor.lowering  # first: what follows imports each other in a c
 from torch._inductor import cpu_vec_isa, ir
 from torch._inductor.codegen.cpp import CppVecOverrides, TilingSelect
 from torch._inductor.codegen.cpp_template import CppTemplate
-from torch._inductor.lowering import lowerings
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.lowering import fallback_handler, lowerings
 from torch._inductor.virtualized import V
 
 __all__ = ["cpu_code"]
@@ -28,7 +30,7 @@ __all__ = ["cpu_code"]
 @contextlib.contextmanager
 def cpu_code() -> Iterator[None]:
     """Have Inductor's CPU code as described above while this lasts."""
-    with _without_transposed_tiles(), _with_short_tanh(), _with_own_products():
+    with _without_transposed_tiles(), _with_short_functions(), _with_own_products(), _with_own_operators():
         yield
 
 
@@ -71,26 +73,50 @@ _TANH = """[](const auto& x) C10_ALWAYS_INLINE_ATTRIBUTE {{
 }}({})"""
 
 
+#: sigmoid of a vector of floats x, within a few ulp where it is not denormal, and in line: torch's is a call,
+#: around which the vectors of a loop are stored. It is 1/(1 + 2ⁿ exp r) with -x = n ln 2 + r, |r| <= ln 2 / 2
+#: (Cody and Waite's two constants for ln 2), and Taylor's polynomial of degree 7, whose error is 5e-9.
+_SIGMOID = """[](const auto& x) C10_ALWAYS_INLINE_ATTRIBUTE {{
+    using V = std::decay_t<decltype(x)>;
+    using I = at::vec::Vectorized<int32_t>;
+    const auto y = at::vec::clamp(x.neg(), V(-87.0f), V(88.0f));
+    const auto n = (y * V(1.44269504f)).round();
+    const auto r = at::vec::fmadd(n, V(2.12194440e-4f), at::vec::fmadd(n, V(-0.693359375f), y));
+    auto p = at::vec::fmadd(r, V(1.0f / 5040.0f), V(1.0f / 720.0f));
+    p = at::vec::fmadd(r, p, V(1.0f / 120.0f));
+    p = at::vec::fmadd(r, p, V(1.0f / 24.0f));
+    p = at::vec::fmadd(r, p, V(1.0f / 6.0f));
+    p = at::vec::fmadd(r, p, V(0.5f));
+    p = at::vec::fmadd(r, p, V(1.0f));
+    p = at::vec::fmadd(r, p, V(1.0f));
+    const auto exponent = at::vec::convert_to_int_of_same_size(n) + I(127);
+    return V(1.0f) / at::vec::fmadd(p, at::vec::cast<float>(exponent << I(23)), V(1.0f));
+}}({})"""
+
+
 @contextlib.contextmanager
-def _with_short_tanh() -> Iterator[None]:
-    """Have Inductor's CPU code evaluate tanh of doubles by `_TANH`; no option of torch 2.13 does."""
-    usual = CppVecOverrides.tanh
+def _with_short_functions() -> Iterator[None]:
+    """Have Inductor's CPU code evaluate tanh of doubles by `_TANH`, sigmoid of floats by `_SIGMOID`."""
+    usual_tanh, usual_sigmoid = CppVecOverrides.tanh, CppVecOverrides.sigmoid
 
     def tanh(x: Any) -> str:
-        return _TANH.format(x) if x.dtype == torch.float64 else str(usual(x))  # type: ignore[no-untyped-call]
+        return _TANH.format(x) if x.dtype == torch.float64 else str(usual_tanh(x))  # type: ignore[no-untyped-call]
 
-    with patch.object(CppVecOverrides, "tanh", staticmethod(tanh)):
+    def sigmoid(x: Any) -> str:
+        return _SIGMOID.format(x) if x.dtype == torch.float32 else str(usual_sigmoid(x))  # type: ignore[no-untyped-call]
+
+    with patch.multiple(CppVecOverrides, tanh=staticmethod(tanh), sigmoid=staticmethod(sigmoid)):
         yield
 
 
 #: longest inner axis of products that are written out; beyond it the right factor doesn't fit a cache
 _MAX_INNER = 1024
-_HEADER = Path(__file__).with_name("product.h")
-_KERNEL = """#include "{header}"
+_HEADERS = Path(__file__).parent
+_PRODUCT = """#include "{headers}/product.h"
 extern "C"
 {definition}
 {{
-    const mtinfer::Product product{{{sizes}}};
+    const mtinfer::Product<{scalar}> product{{{sizes}}};
     product({arguments});
 }}
 """
@@ -98,7 +124,7 @@ extern "C"
 
 @contextlib.contextmanager
 def _with_own_products() -> Iterator[None]:
-    """Have Inductor write products of doubles by `product.h` instead of calling MKL, where that is slow."""
+    """Have Inductor write products by `product.h` instead of calling MKL, where that is slow."""
     if not _mkl_is_slow():
         yield
         return
@@ -130,14 +156,14 @@ def _mkl_is_slow() -> bool:
 
 
 def _is_written_out(left: Any, right: Any) -> bool:
-    """Whether a product is one for `product.h`: of doubles, no vector in it, and the inner axis short.
+    """Whether a product is one for `product.h`: no vector in it, and the inner axis short.
 
     Where it has no fixed size it may be long, except in batches (gradients of weights have all rows there).
     """
     *batch, n_rows, n_inner = left.get_size()
     n_columns = right.get_size()[-1]
     known = V.graph.sizevars.statically_known_equals
-    if left.get_device().type != "cpu" or left.get_dtype() != torch.float64:
+    if not _is_on_cpu(left):
         return False
     if known(n_rows, 1) or known(n_columns, 1) or known(n_inner, 1):
         return False
@@ -161,8 +187,12 @@ class _Product(CppTemplate):
         arguments = [f"&{kernel.index(node, origin)}" for node in (left, right)] + ["result"]
         if batch:
             arguments += [kernel.size(left, 0), kernel.stride(left, 0), kernel.stride(right, 0)]
-        return _KERNEL.format(
-            header=_HEADER, definition=definition, sizes=", ".join(sizes), arguments=", ".join(arguments)
+        return _PRODUCT.format(
+            headers=_HEADERS,
+            definition=definition,
+            scalar=DTYPE_TO_CPP[left.get_dtype()],
+            sizes=", ".join(sizes),
+            arguments=", ".join(arguments),
         )
 
 
@@ -173,8 +203,94 @@ def _product(left: Any, right: Any) -> Any:
         factor.freeze_layout()
     size = [*left.get_size()[:-1], right.get_size()[-1]]
     layout = ir.FixedLayout(left.get_device(), left.get_dtype(), size)
-    nodes = ir.InputsKernel.unwrap_storage(factors)
-    template = _Product("product", nodes, layout, num_threads=1)
-    node = template.generate().output_node()  # type: ignore[no-untyped-call]
+    return _generated(_Product, factors, layout)
+
+
+def _generated(template: type[CppTemplate], inputs: list[Any], layout: Any) -> Any:
+    """Node of Inductor's graph for a kernel of its own, of realized inputs."""
+    nodes = ir.InputsKernel.unwrap_storage(inputs)
+    node = template(template.__name__, nodes, layout, num_threads=1).generate().output_node()
     node.data.data.allow_epilogue_fusion = False
     return node
+
+
+def _is_on_cpu(x: Any) -> bool:
+    return x.get_device().type == "cpu" and x.get_dtype() in (torch.float64, torch.float32)
+
+
+_SUMS = """#include "{headers}/sums.h"
+extern "C"
+{definition}
+{{
+    const mtinfer::Sums<{scalar}, {n_weights}> sums{{{sizes}}};
+    sums({arguments}, result);
+}}
+"""
+#: most weights of an entry for which sums are written out: their sums fill the registers
+_MAX_WEIGHTS = 4
+
+
+@contextlib.contextmanager
+def _with_own_operators() -> Iterator[None]:
+    """Have Inductor write the operators of `mtinfer.models.gather`, which are calls of Python else.
+
+    Sums by `sums.h` (those of torch are serial for doubles); what is settled is put into memory, uncopied.
+    """
+    operators = torch.ops.mtinfer
+    usual = {
+        op: fallback_handler(op, add_to_fallback_set=False)
+        for op in (operators.settled.default, operators.segment_sum.default, operators.moment.default)
+    }
+
+    def settled(x: Any) -> Any:
+        if not _is_on_cpu(x):
+            return usual[operators.settled.default](x)
+        x.realize()
+        return lowerings[torch.ops.aten.clone.default](x)
+
+    def segment_sum(x: Any, order: Any, starts: Any) -> Any:
+        if not _is_on_cpu(x):
+            return usual[operators.segment_sum.default](x, order, starts)
+        return _sums(None, x, order, starts)
+
+    def moment(weights: Any, x: Any, rows: Any, starts: Any) -> Any:
+        if not _is_on_cpu(x) or weights.get_size()[1] > _MAX_WEIGHTS:
+            return usual[operators.moment.default](weights, x, rows, starts)
+        return _sums(weights, x, rows, starts)
+
+    own = dict(zip(usual, (settled, segment_sum, moment), strict=True))
+    with patch.dict(lowerings, own):
+        yield
+
+
+class _Sums(CppTemplate):
+    """Kernel for sums of rows. Inputs: weights if there are any, table, rows of the entries, starts."""
+
+    def render(self, **kwargs: Any) -> str:
+        kernel = kwargs["kernel"]
+        result = kwargs.get("template_buffer_node") or self.output_node
+        *weights, x, rows, starts = self.input_nodes
+        inputs = {node.get_name(): node for node in self.input_nodes}  # two views of a buffer: one argument
+        definition = kernel.def_kernel(inputs=inputs, outputs={"result": result})
+        arguments = [f"&{kernel.index(node, [0] * len(node.get_size()))}" for node in self.input_nodes]
+        sizes = [kernel.size(starts, 0), kernel.size(rows, 0), kernel.size(x, 1)]
+        return _SUMS.format(
+            headers=_HEADERS,
+            definition=definition,
+            scalar=DTYPE_TO_CPP[x.get_dtype()],
+            n_weights=kernel.size(weights[0], 1) if weights else 0,
+            sizes=", ".join(sizes),
+            arguments=", ".join(arguments if weights else ["nullptr", *arguments]),
+        )
+
+
+def _sums(weights: Any, x: Any, rows: Any, starts: Any) -> Any:
+    """Node of Inductor's graph for sums of rows."""
+    inputs = []
+    for node in (weights, x, rows, starts):
+        if node is not None:
+            realized = ir.ExternKernel.realize_input(node)
+            inputs.append(ir.ExternKernel.require_contiguous_strides(realized))
+            inputs[-1].freeze_layout()
+    size = [starts.get_size()[0], *([] if weights is None else [weights.get_size()[1]]), x.get_size()[1]]
+    return _generated(_Sums, inputs, ir.FixedLayout(x.get_device(), x.get_dtype(), size))

@@ -46,7 +46,7 @@ def _sources() -> str:
     digest = hashlib.sha256()
     modules = ["graph", "heads", "stage_graphs", "value_graphs", "cpu_code", "train/batch", "train/step"]
     traced = [here / f"{module}.py" for module in modules]
-    for path in sorted([*(here / "models").glob("*.py"), *traced, here / "product.h"]):
+    for path in sorted([*(here / "models").glob("*.py"), *traced, *here.glob("*.h")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

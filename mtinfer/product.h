@@ -1,4 +1,4 @@
-// Products of matrices of doubles with a few hundred columns at most, or batches of small ones.
+// Products of matrices (T: double or float) with a few hundred columns at most, or batches of small ones.
 //
 // One row times one column is one sum, in the order of the inner index, whatever the sizes and the number of
 // threads. Blocks of rows x vectors of sums stay in registers (Goto and van de Geijn, ACM TOMS 34, 12, 2008);
@@ -9,33 +9,37 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 
 namespace mtinfer {
 
-using Doubles = at::vec::Vectorized<double>;
-
 // Keep a vector in a register: the compiler would rather load it anew for each use, and loads are the bottleneck.
-inline void keep(Doubles& x) {
+template <class Vector>
+inline void keep(Vector& x) {
 #if defined(__GNUC__) && defined(CPU_CAPABILITY_AVX512)
-    asm("" : "+v"(reinterpret_cast<__m512d&>(x)));
+    using Register = std::conditional_t<std::is_same_v<Vector, at::vec::Vectorized<float>>, __m512, __m512d>;
+    asm("" : "+v"(reinterpret_cast<Register&>(x)));
 #elif defined(__GNUC__) && defined(CPU_CAPABILITY_AVX2)
-    asm("" : "+x"(reinterpret_cast<__m256d&>(x)));
+    using Register = std::conditional_t<std::is_same_v<Vector, at::vec::Vectorized<float>>, __m256, __m256d>;
+    asm("" : "+x"(reinterpret_cast<Register&>(x)));
 #endif
 }
 
 // Copy less than a vector of numbers, and zeros behind them where `fill` (calls of memcpy would cost more).
-template <bool fill = true>
-inline void copy_few(const double* in, double* out, int64_t n) {
-    for (int64_t i = 0; i < Doubles::size(); ++i) {
+template <bool fill = true, class T>
+inline void copy_few(const T* in, T* out, int64_t n) {
+    for (int64_t i = 0; i < at::vec::Vectorized<T>::size(); ++i) {
         if (i < n) out[i] = in[i];
-        else if (fill) out[i] = 0.0;
+        else if (fill) out[i] = T(0);
     }
 }
 
+template <class T>
 struct Product {
-    static constexpr int64_t lanes = Doubles::size();
+    using Vector = at::vec::Vectorized<T>;
+    static constexpr int64_t lanes = Vector::size();
     static constexpr int64_t max_width = 3;                   // of a panel, in vectors
-    static constexpr int64_t n_sums = lanes >= 8 ? 24 : 12;  // registers for sums
+    static constexpr int64_t n_sums = sizeof(Vector) >= 64 ? 24 : 12;  // registers for sums
     static constexpr double min_parallel = 1e5;              // multiplications worth more than one thread
 
     int64_t n_rows, n_columns, n_inner;
@@ -47,38 +51,38 @@ struct Product {
     int64_t panel_begin(int64_t panel) const { return n_vectors() * panel / n_panels(); }
     int64_t packed_size() const { return n_vectors() * lanes * n_inner; }
 
-    void pack(const double* right, double* packed, int64_t panel) const {
+    void pack(const T* right, T* packed, int64_t panel) const {
         const int64_t begin = panel_begin(panel) * lanes, width = panel_begin(panel + 1) * lanes - begin;
         const int64_t used = std::min(width, n_columns - begin), whole = used - used % lanes;
-        double* out = packed + begin * n_inner;
-        const double* in = right + begin * right_column_stride;
+        T* out = packed + begin * n_inner;
+        const T* in = right + begin * right_column_stride;
         if (right_column_stride == 1) {
             for (int64_t k = 0; k < n_inner; ++k, in += right_inner_stride, out += width) {
-                for (int64_t n = 0; n < whole; n += lanes) Doubles::loadu(in + n).store(out + n);
+                for (int64_t n = 0; n < whole; n += lanes) Vector::loadu(in + n).store(out + n);
                 if (whole < width) copy_few(in + whole, out + whole, used - whole);
             }
         } else {
             for (int64_t n = 0; n < width; ++n)
                 for (int64_t k = 0; k < n_inner; ++k)
-                    out[k * width + n] = n < used ? in[n * right_column_stride + k * right_inner_stride] : 0.0;
+                    out[k * width + n] = n < used ? in[n * right_column_stride + k * right_inner_stride] : T(0);
         }
     }
 
     template <int64_t rows, int64_t width>
-    void block(const double* left, const double* packed, double* result, int64_t result_stride) const {
-        Doubles sums[rows][width];
+    void block(const T* left, const T* packed, T* result, int64_t result_stride) const {
+        Vector sums[rows][width];
         for (auto& row : sums)
-            for (auto& sum : row) sum = Doubles(0.0);
+            for (auto& sum : row) sum = Vector(T(0));
         for (int64_t k = 0; k < n_inner; ++k, left += inner_stride, packed += width * lanes) {
-            Doubles right[width];
+            Vector right[width];
 #pragma GCC unroll 3
             for (int64_t v = 0; v < width; ++v) {
-                right[v] = Doubles::loadu(packed + v * lanes);
+                right[v] = Vector::loadu(packed + v * lanes);
                 keep(right[v]);
             }
 #pragma GCC unroll 8
             for (int64_t m = 0; m < rows; ++m) {
-                const Doubles x(left[m * row_stride]);
+                const Vector x(left[m * row_stride]);
 #pragma GCC unroll 3
                 for (int64_t v = 0; v < width; ++v) sums[m][v] = at::vec::fmadd(x, right[v], sums[m][v]);
             }
@@ -90,22 +94,22 @@ struct Product {
     }
 
     template <int64_t rows, int64_t width>
-    void part(const double* left, const double* packed, double* result, int64_t used) const {
+    void part(const T* left, const T* packed, T* result, int64_t used) const {
         if (used >= width * lanes) return block<rows, width>(left, packed, result, n_columns);
-        alignas(64) double whole[rows * width * lanes];
+        alignas(64) T whole[rows * width * lanes];
         block<rows, width>(left, packed, whole, width * lanes);
         const int64_t n_whole = used - used % lanes;
         for (int64_t m = 0; m < rows; ++m) {
-            const double* in = whole + m * width * lanes;
-            double* out = result + m * n_columns;
-            for (int64_t n = 0; n < n_whole; n += lanes) Doubles::loadu(in + n).store(out + n);
+            const T* in = whole + m * width * lanes;
+            T* out = result + m * n_columns;
+            for (int64_t n = 0; n < n_whole; n += lanes) Vector::loadu(in + n).store(out + n);
             copy_few<false>(in + n_whole, out + n_whole, used - n_whole);
         }
     }
 
     // all rows that fit, blocks of `rows` each; the last block may take rows once more: the same numbers again
     template <int64_t rows, int64_t width>
-    bool blocks(const double* left, const double* packed, double* result, int64_t n, int64_t used) const {
+    bool blocks(const T* left, const T* packed, T* result, int64_t n, int64_t used) const {
         if (n < rows) return false;
         for (int64_t begin = 0; begin < n; begin += rows) {
             const int64_t m = std::min(begin, n - rows);
@@ -115,17 +119,17 @@ struct Product {
     }
 
     template <int64_t width>
-    void panel(const double* left, const double* packed, double* result, int64_t n, int64_t used) const {
+    void panel(const T* left, const T* packed, T* result, int64_t n, int64_t used) const {
         blocks<std::min<int64_t>(8, n_sums / width), width>(left, packed, result, n, used) ||
             blocks<4, width>(left, packed, result, n, used) || blocks<1, width>(left, packed, result, n, used);
     }
 
-    void rows(const double* left, const double* packed, double* result, int64_t n) const {
+    void rows(const T* left, const T* packed, T* result, int64_t n) const {
         for (int64_t p = 0; p < n_panels(); ++p) {
             const int64_t begin = panel_begin(p), width = panel_begin(p + 1) - begin;
             const int64_t used = n_columns - begin * lanes;
-            const double* right = packed + begin * lanes * n_inner;
-            double* out = result + begin * lanes;
+            const T* right = packed + begin * lanes * n_inner;
+            T* out = result + begin * lanes;
             if (width == 3) panel<3>(left, right, out, n, used);
             else if (width == 2) panel<2>(left, right, out, n, used);
             else panel<1>(left, right, out, n, used);
@@ -133,11 +137,11 @@ struct Product {
     }
 
     // result[b] = left[b] right[b]; the result is contiguous
-    void operator()(const double* left, const double* right, double* result, int64_t n_batch = 1,
+    void operator()(const T* left, const T* right, T* result, int64_t n_batch = 1,
                     int64_t left_stride = 0, int64_t right_stride = 0) const {
         const bool parallel = double(n_batch) * n_rows * n_columns * n_inner > min_parallel;
         if (n_batch == 1 || right_stride == 0) {
-            const std::unique_ptr<double[]> packed(new double[packed_size()]);
+            const std::unique_ptr<T[]> packed(new T[packed_size()]);
             const int64_t n_chunk = n_inner > 64 ? 24 : 48, n_chunks = (n_rows + n_chunk - 1) / n_chunk;
 #pragma omp parallel if (parallel)
             {
@@ -153,7 +157,7 @@ struct Product {
         } else {
 #pragma omp parallel if (parallel)
             {
-                const std::unique_ptr<double[]> packed(new double[packed_size()]);
+                const std::unique_ptr<T[]> packed(new T[packed_size()]);
 #pragma omp for
                 for (int64_t b = 0; b < n_batch; ++b) {
                     for (int64_t p = 0; p < n_panels(); ++p) pack(right + b * right_stride, packed.get(), p);

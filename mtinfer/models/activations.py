@@ -24,12 +24,9 @@ class _Silu(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         return x * torch.sigmoid(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -48,15 +45,12 @@ class _Silut(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, threshold: float, slope: float, offset: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, threshold: float, slope: float, offset: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.threshold, ctx.slope = threshold, slope
         low = x < threshold
         z = torch.where(low, x, (x - threshold) * (2.0 * slope))
         return torch.where(low, x, 2.0) * torch.sigmoid(z) + (~low).to(x.dtype) * (offset - 1.0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.threshold, ctx.slope, _ = inputs
-        ctx.save_for_backward(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:

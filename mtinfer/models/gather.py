@@ -78,12 +78,8 @@ torch.library.register_fake("mtinfer::moment", _moment_shape)
 
 class _Settled(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return torch.ops.mtinfer.settled(x)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -92,12 +88,9 @@ class _Settled(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-        return x.index_select(0, rows)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
+    def forward(ctx: Any, x: Tensor, *index: Tensor) -> Tensor:
+        ctx.save_for_backward(*index)
+        return x.index_select(0, index[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
@@ -106,12 +99,9 @@ class _Gather(torch.autograd.Function):
 
 class _SegmentSum(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-        return torch.ops.mtinfer.segment_sum(x, order, starts)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
+    def forward(ctx: Any, x: Tensor, *index: Tensor) -> Tensor:
+        ctx.save_for_backward(*index)
+        return torch.ops.mtinfer.segment_sum(x, *index[1:])  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
@@ -120,13 +110,10 @@ class _SegmentSum(torch.autograd.Function):
 
 class _Moment(torch.autograd.Function):
     @staticmethod
-    def forward(weights: Tensor, x: Tensor, *indices: Tensor) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, x: Tensor, *indices: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, x, *indices)
         rows = indices[3] if len(indices) > 3 else indices[1]
         return torch.ops.mtinfer.moment(weights, x, rows, indices[2])  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -143,14 +130,10 @@ class _Moment(torch.autograd.Function):
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(table: Tensor, index: Tensor) -> Tensor:
-        return table[index]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        table, index = inputs
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.n_rows = table.shape[0]
+        return table[index]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

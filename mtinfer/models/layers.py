@@ -66,12 +66,9 @@ class Sloped(NamedTuple):
 
 class _Along(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
         return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -85,13 +82,9 @@ def along(x: Tensor, y: Sloped) -> Tensor:
 
 class _RadialMoment(torch.autograd.Function):
     @staticmethod
-    def forward(rows: Tensor, x: Tensor, value: Tensor, slope: Tensor, moment: Tensor) -> Tensor:
-        return moment.view_as(moment)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        rows, _, value, slope, _ = inputs
+    def forward(ctx: Any, rows: Tensor, x: Tensor, value: Tensor, slope: Tensor, moment: Tensor) -> Tensor:
         ctx.save_for_backward(rows, value, slope)
+        return moment.view_as(moment)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
@@ -269,12 +262,9 @@ def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
 
 class _RowSum(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         return x @ x.new_ones(x.shape[-1], 1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

@@ -6,8 +6,7 @@ Numbers of every option are those of the reference files (`test_reference.py`).
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +23,6 @@ from mtinfer.errors import StructureError, UnsupportedModelError
 from mtinfer.graph import trace
 from mtinfer.inputs import GraphInputs
 from mtinfer.models import EnergyModel
-from mtinfer.models.activations import activation
 from mtinfer.models.gather import Index
 from mtinfer.models.layout import Layout
 from mtinfer.models.stage import directly
@@ -156,27 +154,6 @@ def test_combinations_that_the_format_does_not_define(repflow: dict[str, Any], m
 def test_unknown_activation() -> None:
     with pytest.raises(UnsupportedModelError, match="activation function 'swish' is unknown"):
         build(activation_function="swish")
-
-
-@pytest.mark.parametrize(
-    ("name", "threshold"), [("silut", 3.0), ("silut:1.3", 1.3), ("custom_silu:10", 10.0)]
-)
-def test_silut_and_two_derivatives_on_both_sides_of_its_threshold(name: str, threshold: float) -> None:
-    sigma = 1.0 / (1.0 + math.exp(-threshold))
-    slope = sigma * (1.0 + threshold * (1.0 - sigma))
-
-    def by_definition(x: Tensor) -> Tensor:
-        above = torch.tanh(slope * (x - threshold)) + threshold * sigma
-        return torch.where(x < threshold, x * torch.sigmoid(x), above)
-
-    x, got, expected = torch.linspace(-8.0, 14.0, 111, dtype=torch.float64), activation(name), by_definition
-    for _ in range(3):
-        torch.testing.assert_close(got(x), expected(x), rtol=1e-12, atol=1e-13)
-        got, expected = derivative(got), derivative(expected)
-
-
-def derivative(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return torch.func.grad(lambda x: f(x).sum())
 
 
 @pytest.mark.parametrize("dialect", ["pt", "pt_expt"])

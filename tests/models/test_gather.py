@@ -120,10 +120,9 @@ def test_a_trace_of_derivatives_has_no_scatter(index: Index, ascending: Index) -
         return (moment(w, y, ascending).flatten(1) ** 2).sum() + (segment_sum(y, index) ** 2).sum()
 
     def twice(x: Tensor, w: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-        def force_loss(*values: Tensor) -> Tensor:
-            return (torch.func.grad(total)(*values) ** 2).sum()
-
-        return torch.func.grad(force_loss, argnums=(0, 1, 2))(x, w, table)  # type: ignore[no-any-return]
+        values = [array.detach().requires_grad_() for array in (x, w, table)]
+        (force,) = torch.autograd.grad(total(*values), values[0], create_graph=True)
+        return torch.autograd.grad((force**2).sum(), values)
 
     arguments = [random(*shape).detach() for shape in ((N, 3), (M, 2), (N, 3))]
     names = {str(node.target) for node in make_fx(twice)(*arguments).graph.nodes}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,7 +31,8 @@ X = torch.linspace(-12.0, 12.0, 97, dtype=torch.float64)
 
 
 def slope(f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    return torch.func.grad(lambda values: f(values).sum())(x)
+    x = x if x.requires_grad else x.detach().requires_grad_()
+    return torch.autograd.grad(f(x).sum(), x, create_graph=True)[0]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,23 @@ def test_silut_is_silu_below_its_threshold_and_bounded_growth_above(name: str, t
     values, slopes = f(at), slope(f, at)
     assert abs(values[1] - values[0]) < 1e-6
     assert abs(slopes[1] - slopes[0]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "threshold"), [("silut", 3.0), ("silut:1.3", 1.3), ("custom_silu:10", 10.0)]
+)
+def test_silut_and_two_derivatives_on_both_sides_of_its_threshold(name: str, threshold: float) -> None:
+    sigma = 1.0 / (1.0 + math.exp(-threshold))
+    gain = sigma * (1.0 + threshold * (1.0 - sigma))
+
+    def by_definition(x: torch.Tensor) -> torch.Tensor:
+        above = torch.tanh(gain * (x - threshold)) + threshold * sigma
+        return torch.where(x < threshold, x * torch.sigmoid(x), above)
+
+    x, got, expected = torch.linspace(-8.0, 14.0, 111, dtype=torch.float64), activation(name), by_definition
+    for _ in range(3):
+        torch.testing.assert_close(got(x), expected(x), rtol=1e-12, atol=1e-13)
+        got, expected = partial(slope, got), partial(slope, expected)
 
 
 @pytest.mark.parametrize("name", ["tanh", "softplus", "gelu", "silu", "silut", "sigmoid"])
