@@ -1,9 +1,9 @@
 """What `mtinfer.graph` changes in the code that Inductor writes for processors (torch 2.13).
 
 No option of Inductor does any of this: its transposed tiles are switched off, since they give wrong numbers;
-tanh of doubles and sigmoid of floats are shorter; products are written out, since MKL is slow in small ones
-(by up to a factor of three on processors that are not Intel's); so are the operators of
-`mtinfer.models.gather`, which are calls of Python else.
+tanh of doubles and, on x86, sigmoid of floats are shorter; products are written out, since MKL is slow in
+small ones (by up to a factor of three on processors that are not Intel's); so are the operators of
+`mtinfer.models.gather`, which are calls of Python otherwise.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ _TANH = """[](const auto& x) C10_ALWAYS_INLINE_ATTRIBUTE {{
 }}({})"""
 
 
-#: sigmoid of a vector of floats x, within a few ulp where it is not denormal, and in line: torch's is a call,
-#: around which the vectors of a loop are stored. It is 1/(1 + 2ⁿ exp r) with -x = n ln 2 + r, |r| <= ln 2 / 2
-#: (Cody and Waite's two constants for ln 2), and Taylor's polynomial of degree 7, whose error is 5e-9.
+#: sigmoid of a vector of floats x, within a few ulp, and in line: torch's is a call, around which the vectors
+#: of a loop are stored. It is 1/(1 + 2ⁿ exp r) with -x = n ln 2 + r, |r| <= ln 2 / 2 (Cody and Waite's two
+#: constants for ln 2), and Taylor's polynomial of degree 7, whose error is 5e-9. Below -88 it stays at 6e-39.
 _SIGMOID = """[](const auto& x) C10_ALWAYS_INLINE_ATTRIBUTE {{
     using V = std::decay_t<decltype(x)>;
     using I = at::vec::Vectorized<int32_t>;
@@ -96,14 +96,20 @@ _SIGMOID = """[](const auto& x) C10_ALWAYS_INLINE_ATTRIBUTE {{
 
 @contextlib.contextmanager
 def _with_short_functions() -> Iterator[None]:
-    """Have Inductor's CPU code evaluate tanh of doubles by `_TANH`, sigmoid of floats by `_SIGMOID`."""
+    """Have Inductor's CPU code evaluate tanh of doubles by `_TANH`, sigmoid of floats by `_SIGMOID`.
+
+    The latter on x86 only: it handles the bits of a vector.
+    """
     usual_tanh, usual_sigmoid = CppVecOverrides.tanh, CppVecOverrides.sigmoid
+    has_avx = _has_avx()
 
     def tanh(x: Any) -> str:
         return _TANH.format(x) if x.dtype == torch.float64 else str(usual_tanh(x))  # type: ignore[no-untyped-call]
 
     def sigmoid(x: Any) -> str:
-        return _SIGMOID.format(x) if x.dtype == torch.float32 else str(usual_sigmoid(x))  # type: ignore[no-untyped-call]
+        if has_avx and x.dtype == torch.float32:
+            return _SIGMOID.format(x)
+        return str(usual_sigmoid(x))  # type: ignore[no-untyped-call]
 
     with patch.multiple(CppVecOverrides, tanh=staticmethod(tanh), sigmoid=staticmethod(sigmoid)):
         yield
@@ -151,8 +157,11 @@ def _with_own_products() -> Iterator[None]:
 def _mkl_is_slow() -> bool:
     """Whether the processor has vectors that `product.h` is made for, and is not one of Intel's."""
     information = Path("/proc/cpuinfo")
-    with_vectors = isinstance(cpu_vec_isa.pick_vec_isa(), (cpu_vec_isa.VecAVX2, cpu_vec_isa.VecAVX512))
-    return with_vectors and information.exists() and "GenuineIntel" not in information.read_text()
+    return _has_avx() and information.exists() and "GenuineIntel" not in information.read_text()
+
+
+def _has_avx() -> bool:
+    return isinstance(cpu_vec_isa.pick_vec_isa(), (cpu_vec_isa.VecAVX2, cpu_vec_isa.VecAVX512))
 
 
 def _is_written_out(left: Any, right: Any) -> bool:
@@ -162,9 +171,9 @@ def _is_written_out(left: Any, right: Any) -> bool:
     """
     *batch, n_rows, n_inner = left.get_size()
     n_columns = right.get_size()[-1]
-    known = V.graph.sizevars.statically_known_equals
-    if not _is_on_cpu(left):
+    if left.get_dtype() not in (torch.float64, torch.float32):
         return False
+    known = V.graph.sizevars.statically_known_equals
     if known(n_rows, 1) or known(n_columns, 1) or known(n_inner, 1):
         return False
     return bool(batch) or V.graph.sizevars.statically_known_leq(n_inner, _MAX_INNER)
@@ -214,10 +223,6 @@ def _generated(template: type[CppTemplate], inputs: list[Any], layout: Any) -> A
     return node
 
 
-def _is_on_cpu(x: Any) -> bool:
-    return x.get_device().type == "cpu" and x.get_dtype() in (torch.float64, torch.float32)
-
-
 _SUMS = """#include "{headers}/sums.h"
 extern "C"
 {definition}
@@ -226,39 +231,37 @@ extern "C"
     sums({arguments}, result);
 }}
 """
-#: most weights of an entry for which sums are written out: their sums fill the registers
-_MAX_WEIGHTS = 4
+#: most weights of an entry for which sums are written out: their sums fit the registers
+_MAX_WEIGHTS = 3
 
 
 @contextlib.contextmanager
 def _with_own_operators() -> Iterator[None]:
-    """Have Inductor write the operators of `mtinfer.models.gather`, which are calls of Python else.
+    """Have Inductor write the operators of `mtinfer.models.gather`, which are calls of Python otherwise.
 
-    Sums by `sums.h` (those of torch are serial for doubles); what is settled is put into memory, uncopied.
+    Sums by `sums.h` (those of torch are serial for doubles); what is settled is put into memory.
     """
     operators = torch.ops.mtinfer
-    usual = {
-        op: fallback_handler(op, add_to_fallback_set=False)
-        for op in (operators.settled.default, operators.segment_sum.default, operators.moment.default)
-    }
 
     def settled(x: Any) -> Any:
-        if not _is_on_cpu(x):
-            return usual[operators.settled.default](x)
         x.realize()
-        return lowerings[torch.ops.aten.clone.default](x)
+        return lowerings[torch.ops.aten.clone.default](x)  # read by elementwise code, this copies nothing
 
     def segment_sum(x: Any, order: Any, starts: Any) -> Any:
-        if not _is_on_cpu(x):
-            return usual[operators.segment_sum.default](x, order, starts)
         return _sums(None, x, order, starts)
 
     def moment(weights: Any, x: Any, rows: Any, starts: Any) -> Any:
-        if not _is_on_cpu(x) or weights.get_size()[1] > _MAX_WEIGHTS:
-            return usual[operators.moment.default](weights, x, rows, starts)
-        return _sums(weights, x, rows, starts)
+        known, n_weights = V.graph.sizevars.statically_known_equals, weights.get_size()[1]
+        if any(known(n_weights, k) for k in range(1, _MAX_WEIGHTS + 1)):
+            return _sums(weights, x, rows, starts)
+        call = fallback_handler(operators.moment.default, add_to_fallback_set=False)
+        return call(*map(_contiguous, (weights, x, rows, starts)))
 
-    own = dict(zip(usual, (settled, segment_sum, moment), strict=True))
+    own = {
+        operators.settled.default: settled,
+        operators.segment_sum.default: segment_sum,
+        operators.moment.default: moment,
+    }
     with patch.dict(lowerings, own):
         yield
 
@@ -286,11 +289,12 @@ class _Sums(CppTemplate):
 
 def _sums(weights: Any, x: Any, rows: Any, starts: Any) -> Any:
     """Node of Inductor's graph for sums of rows."""
-    inputs = []
-    for node in (weights, x, rows, starts):
-        if node is not None:
-            realized = ir.ExternKernel.realize_input(node)
-            inputs.append(ir.ExternKernel.require_contiguous_strides(realized))
-            inputs[-1].freeze_layout()
+    inputs = [_contiguous(node) for node in (weights, x, rows, starts) if node is not None]
+    for node in inputs:
+        node.freeze_layout()
     size = [starts.get_size()[0], *([] if weights is None else [weights.get_size()[1]]), x.get_size()[1]]
     return _generated(_Sums, inputs, ir.FixedLayout(x.get_device(), x.get_dtype(), size))
+
+
+def _contiguous(x: Any) -> Any:
+    return ir.ExternKernel.require_contiguous_strides(ir.ExternKernel.realize_input(x))

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -265,7 +266,7 @@ class SharedGraph:
         with (
             tempfile.TemporaryDirectory(prefix="mtinfer-") as folder,
             temporary_cache_dir(str((store.directory if store.make() else Path(folder)) / "inductor")),
-            cpu_code(),
+            cpu_code() if self.weights[0].device.type == "cpu" else nullcontext(),
         ):
             options = {**_OPTIONS, "aot_inductor.package": True, "aot_inductor.output_path": folder}
             files = aot_compile(module, tuple(fakes), options=options)

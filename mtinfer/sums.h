@@ -30,7 +30,7 @@ struct Sums {
 #pragma GCC unroll 8
             for (int64_t v = 0; v < width; ++v) {
                 const Vector here = used < lanes ? Vector::loadu(row, used) : Vector::loadu(row + v * lanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 3
                 for (int64_t d = 0; d < depth; ++d) {
                     if constexpr (n_weights == 0) sums[d][v] = sums[d][v] + here;
                     else sums[d][v] = at::vec::fmadd(Vector(weights[k * n_weights + d]), here, sums[d][v]);

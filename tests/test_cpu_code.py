@@ -131,7 +131,11 @@ def test_sums(dtype: torch.dtype, normal: Normal) -> None:
         y = x * scale
         return (
             *(segment_sum(y[:, :width], of_entries) for width in WIDTHS),
-            *(moment(w[:, :depth], y[:, 100 - width :], of_entries) for width in WIDTHS for depth in (1, 3)),
+            *(
+                moment(w[:, :depth], y[:, 100 - width :], of_entries)
+                for width in WIDTHS
+                for depth in (1, 2, 3)
+            ),
             moment(w, table, of_entries, of_table),
             moment(w[:, :2], y[:, ::3], of_entries),
             moment(y, w, of_entries),  # more weights than are written out
@@ -164,7 +168,7 @@ def test_sums(dtype: torch.dtype, normal: Normal) -> None:
         data = (*data, *of_entries, *Index.of(rows, n_rows))
         require_equal(graph, data, [scale])
     assert graph.is_compiled
-    assert counters["inductor"]["cpp_templated_kernel_counter"] == 3 * len(WIDTHS) + 3
+    assert counters["inductor"]["cpp_templated_kernel_counter"] == 4 * len(WIDTHS) + 3
     require_thread_independent(graph, data, [scale])
 
 
@@ -180,7 +184,7 @@ def test_functions() -> None:
     sigmoid, tanh = graph((x,), [one])
     assert graph.is_compiled
     torch.testing.assert_close(tanh, torch.tanh(x.double()), rtol=2e-15, atol=0.0)
-    # below -87 it falls no further
-    torch.testing.assert_close(sigmoid.double(), torch.sigmoid(x.double()), rtol=3e-7, atol=1e-37)
+    # below -88 it falls no further
+    torch.testing.assert_close(sigmoid.double(), torch.sigmoid(x.double()), rtol=3e-7, atol=7e-39)
     not_a_number = torch.full((50,), math.nan)
     assert all(value.isnan().all() for value in graph((not_a_number,), [one]))

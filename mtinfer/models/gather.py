@@ -4,6 +4,9 @@ The sums are opaque operators: Inductor's CPU code for scatter-adds with dynamic
 atomics that corrupt memory with several threads (torch 2.13). They run over the entries in the order that the
 index lists them under each row, so results are reproducible bit for bit on every device. The gather stays
 visible to the compiler, which reads the rows where they are needed instead of copying them.
+
+Functions of autograd, here and elsewhere, take their context in `forward`: `setup_context`, which transforms
+of torch.func need, has the arguments of every call bound by name (70 µs).
 """
 
 from __future__ import annotations
@@ -152,7 +155,7 @@ def lookup(table: Tensor, index: Tensor) -> Tensor:
 
 
 def settled(x: Tensor) -> Tensor:
-    """Copy of `x` that the compiler can't look through.
+    """`x` in memory: the compiler can't look through it.
 
     For a small table that a long list is gathered from: the compiler would otherwise evaluate what the table
     is made of once per entry of the list.
