@@ -52,6 +52,8 @@ class _Set:
     fparam: Array | None
     #: (n_frames, n_atoms, n_aparam)
     aparam: Array | None
+    #: (n_frames, 2), total charge and spin
+    charge_spin: Array | None
 
 
 def read_deepmd_folder(path: Path, *, type_map: Sequence[str] | None = None) -> list[Frame]:
@@ -147,6 +149,9 @@ def _set_frames(data: _Set, system: _System, dataset: str, *, first: int) -> Ite
             atoms.info["fparam"] = data.fparam[i]
         if data.aparam is not None:
             atoms.arrays["aparam"] = data.aparam[i][real]
+        if data.charge_spin is not None:
+            charge, spin = data.charge_spin[i].tolist()
+            atoms.info |= {"charge": charge, "spin": spin}
         labels: dict[str, Any] = {label: values[i] for label, values in data.labels.items()}
         if "forces" in labels:
             labels["forces"] = labels["forces"].reshape(-1, 3)[real]
@@ -186,6 +191,7 @@ def _read_set(folder: Path, system: _System) -> _Set:
         labels={label: values for label, values in labels.items() if values is not None},
         fparam=rows("fparam.npy"),
         aparam=None if aparam is None else aparam.reshape(n_frames, n_atoms, aparam.shape[1] // n_atoms),
+        charge_spin=rows("charge_spin.npy", 2),
     )
 
 
@@ -233,10 +239,10 @@ def _load(path: Path) -> NDArray[Any]:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as err:
-        reason = " ".join(str(err).split())[:120] or type(err).__name__
+        reason = " ".join(str(err).split()) or type(err).__name__
         raise DataError(
-            f"{path}: not a readable .npy file of numbers: {reason}; ragged and pickled arrays are not read,"
-            " write one system per number of atoms"
+            f"{path}: not a readable .npy file of numbers: {reason}; write it anew (a ragged array as one"
+            " system per number of atoms: pickled ones are not read)"
         ) from err
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         kind = getattr(array, "dtype", "an archive")

@@ -117,6 +117,13 @@ def test_frame_and_atom_parameters(cluster: Path) -> None:
     np.testing.assert_array_equal(frame.atoms.arrays["aparam"], [[3], [4], [5]])
 
 
+def test_charge_and_spin(cluster: Path) -> None:
+    assert not {"charge", "spin"} & set(read_frames([cluster])[1].atoms.info)
+    np.save(cluster / "set.000" / "charge_spin.npy", [[0.0, 1.0], [-1.0, 2.0]])
+    atoms = read_frames([cluster])[1].atoms
+    assert (atoms.info["charge"], atoms.info["spin"]) == (-1.0, 2.0)
+
+
 def test_systems_are_found_at_any_depth_and_through_links(copper: Path, tmp_path: Path) -> None:
     top = tmp_path / "top"
     shutil.copytree(copper, top / "a" / "b" / "c")
@@ -170,6 +177,10 @@ def save_ragged(path: Path) -> None:
             r"force\.npy: has shape \(96, 2\), expected \(2, 96\)",
         ),
         (
+            lambda d: np.save(d / "set.000" / "charge_spin.npy", np.zeros((2, 3))),
+            r"charge_spin\.npy: has shape \(2, 3\), expected \(2, 2\)",
+        ),
+        (
             lambda d: np.save(d / "set.000" / "aparam.npy", np.zeros((2, 33))),
             r"aparam\.npy: has 33 numbers per frame, expected a multiple of 32",
         ),
@@ -191,7 +202,7 @@ def save_ragged(path: Path) -> None:
         ),
         (
             lambda d: save_ragged(d / "set.000" / "force.npy"),
-            r"force\.npy: not a readable \.npy .*ragged and pickled",
+            r"force\.npy: not a readable \.npy .*ragged array as one",
         ),
         (lambda d: (d / "set.000" / "force.npy").write_bytes(b""), r"force\.npy: not a readable \.npy file"),
         (
