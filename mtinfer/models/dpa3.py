@@ -77,7 +77,8 @@ class DPA3:
                 options.n_dim,
                 bool(config.get("use_tebd_bias", False)),
                 dtype,
-                tuple(type_map) if config.get("use_econf_tebd", False) else None,
+                bool(config.get("use_econf_tebd", False)),
+                tuple(type_map),
             ),
             repflow=Repflow(
                 options,

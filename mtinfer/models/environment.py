@@ -109,12 +109,14 @@ class TypeEmbedding:
     width: int
     bias: bool
     dtype: torch.dtype
-    #: symbols, where electron configurations replace one-hot rows
-    elements: tuple[str, ...] | None = field(default=None, repr=False)
+    #: whether electron configurations replace one-hot rows
+    use_econf: bool = False
+    #: symbols, read for their electron configurations
+    elements: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def _n_in(self) -> int:
-        return 118 if self.elements is not None else self.n_rows
+        return 118 if self.use_econf else self.n_rows
 
     def parameters(self) -> dict[str, ParameterSpec]:
         """Return name -> shape and dtype of every weight."""
@@ -126,10 +128,10 @@ class TypeEmbedding:
     def rows(self, weights: Weights) -> Tensor:
         """Embedding of every type, shape (n_rows, width)."""
         w = weights[f"{self.prefix}.layers.0.w"]
-        if self.elements is None:
-            one_hot = torch.eye(self.n_rows, dtype=w.dtype, device=w.device)
-        else:
+        if self.use_econf:
             one_hot = _configurations(self.elements).to(w)
+        else:
+            one_hot = torch.eye(self.n_rows, dtype=w.dtype, device=w.device)
         rows = one_hot @ w
         if self.bias:
             rows = rows + weights[f"{self.prefix}.layers.0.b"]

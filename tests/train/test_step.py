@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from ase.data import chemical_symbols
 from tiny_inputs import DESCRIPTORS, FITTING, SYSTEMS, plan_of, shared_input, training_input
 from torch import Tensor
 
@@ -229,6 +230,18 @@ def test_excluded_types_have_a_graph_of_their_own() -> None:
         dict.fromkeys(SYSTEMS, DESCRIPTORS["dpa1strip"]), dict.fromkeys(SYSTEMS, FITTING)
     )
     content["model"]["model_dict"]["clusters"]["atom_exclude_types"] = [0]
+    plan = plan_of(content)
+    assert signature(plan.tasks[0].model) != signature(plan.tasks[1].model)
+
+
+def test_electron_configurations_have_a_graph_of_their_own() -> None:
+    elements = chemical_symbols[1:119]  # as many as there are configurations: the shapes agree
+    descriptors = {
+        task: {**DESCRIPTORS["dpa1strip"], "use_econf_tebd": econf}
+        for task, econf in zip(SYSTEMS, (False, True), strict=False)
+    }
+    content = training_input(descriptors, dict.fromkeys(descriptors, FITTING))
+    content["model"]["shared_dict"]["types"] = elements
     plan = plan_of(content)
     assert signature(plan.tasks[0].model) != signature(plan.tasks[1].model)
 
