@@ -6,6 +6,8 @@ a name that training never writes ends the reading.
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import pickle
 import struct
@@ -110,7 +112,9 @@ class _StructureUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
             raise _Foreign(f"{module}.{name}")
-        return ALLOWED[module, name]
+        found = ALLOWED[module, name]
+        # a pickle may change what it is given: that must not be what the next one is given
+        return functools.partial(found) if callable(found) else copy.copy(found)
 
     def persistent_load(self, pid: Any) -> _Storage:
         _, kind, key, *_ = pid

@@ -319,6 +319,16 @@ def test_names_outside_the_list_are_refused(tmp_path: Path, name: str) -> None:
     raises_one_line(path, rf"contains code that would be run on loading \({name}\)")
 
 
+def test_a_pickle_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as file:  # changes what stands for a storage, by pickle's BUILD
+        file.writestr("model/data.pkl", b"ctorch\nDoubleStorage\n}Vdtype\nVevil\nsb.")
+    before = peek(SEPARATE)
+    with pytest.raises(CheckpointError):
+        peek(path)
+    assert peek(SEPARATE) == before
+
+
 def test_unknown_weight_and_ambiguous_dialect(changed: Writer) -> None:
     def unknown(content: Content) -> None:
         content["model"]["model.copper.atomic_model.surprise"] = torch.zeros(1)
