@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .graph_store import GraphStore, cache_directory, graph_key
+from .loaded_graph import LoadedGraph, require_loadable
 from .models.layout import Argument
 
 __all__ = ["CompileMode", "GraphWarning", "SharedGraph", "signed", "trace"]
@@ -142,6 +141,15 @@ def signed(architecture: str, weights: Mapping[str, Tensor]) -> str:
     return "\n".join([architecture, *(f"{name} {tuple(w.shape)} {w.dtype}" for name, w in weights.items())])
 
 
+def _say_what_is_waited_for(worker: threading.Thread) -> None:
+    """At the end of the process, which waits for the graph that it began."""
+    threading.main_thread().join()
+    if worker.is_alive():
+        print(
+            "mtinfer: compiling a graph for later runs, up to a minute or two …", file=sys.stderr, flush=True
+        )
+
+
 @dataclass
 class SharedGraph:
     """A function of tensors that is compiled once and called with any data and any weights.
@@ -168,7 +176,7 @@ class SharedGraph:
     mode: CompileMode
     #: graphs compiled in this process (loading a stored one does not count)
     n_compiled: int = 0
-    _compiled: _Compiled | None = None
+    _compiled: LoadedGraph | None = None
     #: outputs that were zero in all calls so far and say nothing about the graph; None before the first call
     _unconfirmed: frozenset[int] | None = None
     _n_calls: int = 0
@@ -232,6 +240,7 @@ class SharedGraph:
 
             self._worker = threading.Thread(target=self._obtain, args=(device,), name="mtinfer-compile")
             self._worker.start()
+            threading.Thread(target=_say_what_is_waited_for, args=(self._worker,), daemon=True).start()
 
     def _obtain(self, device: torch.device, *, compile_missing: bool = True) -> None:
         store = GraphStore(cache_directory(), graph_key(self.signature, device))
@@ -249,7 +258,7 @@ class SharedGraph:
             return
         self._compiled = compiled
 
-    def _compile(self, store: GraphStore) -> _Compiled:
+    def _compile(self, store: GraphStore) -> LoadedGraph:
         from torch._inductor import aot_compile
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.package.package import package_aoti
@@ -273,7 +282,7 @@ class SharedGraph:
             package = Path(folder) / "graph.pt2"
             assert isinstance(files, list)
             package_aoti(str(package), files)
-            _require_loadable(package, self.weights[0].device)
+            require_loadable(package, self.weights[0].device)
             self.n_compiled += 1
             try:
                 store.save(package, self.signature)
@@ -284,10 +293,10 @@ class SharedGraph:
                     GraphWarning,
                     stacklevel=2,
                 )
-            return _Compiled(package, self.weights[0].device)
+            return LoadedGraph(package, self.weights[0].device)
 
     def _check(
-        self, compiled: _Compiled, data: Sequence[Tensor], weights: Sequence[Tensor]
+        self, compiled: LoadedGraph, data: Sequence[Tensor], weights: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """Compare every output with eager: at the first call, and again when one is first not all zero."""
         expected = self.function(*data, *weights)
@@ -347,45 +356,6 @@ def _require_declared(arguments: Sequence[Argument], data: Sequence[Tensor]) -> 
             )
 
 
-class _Compiled:
-    """A compiled graph, loaded without the compiler.
-
-    It takes the strides of its arguments for granted, hence the copies of what is not contiguous.
-    """
-
-    def __init__(self, package: Path, device: torch.device) -> None:
-        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, _index(device))
-
-    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._loader.run([argument.contiguous() for argument in arguments]))
-
-
-def _index(device: torch.device) -> int:
-    return -1 if device.index is None else device.index
-
-
-#: program that loads a graph; of its errors only those count that end it without Python's help
-_LOAD = """import sys, torch
-torch._C._aoti.AOTIModelPackageLoader(sys.argv[1], "model", False, 1, int(sys.argv[2]))
-"""
-
-
-def _require_loadable(package: Path, device: torch.device) -> None:
-    """Raise RuntimeError for a graph whose loading would kill this process, by loading it in another one.
-
-    Seen with g++ 13 of Ubuntu 24.04, whose `std::regex` died in torch's part of a graph (torch 2.13).
-    """
-    if not sys.executable:  # Python is embedded in another program
-        return
-    command = [sys.executable, "-c", _LOAD, str(package), str(_index(device))]
-    status = subprocess.run(command, capture_output=True).returncode
-    if status < 0:
-        raise RuntimeError(
-            f"loading it ended a process by {signal.Signals(-status).name}: the C++ compiler does not fit "
-            "torch; another one, named by CXX, may"
-        )
-
-
-def _stored(store: GraphStore, device: torch.device) -> _Compiled | None:
+def _stored(store: GraphStore, device: torch.device) -> LoadedGraph | None:
     package = store.find()
-    return None if package is None else _Compiled(package, device)
+    return None if package is None else LoadedGraph(package, device)

@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -128,8 +130,7 @@ class GraphStore:
         if fcntl is not None and self.make():
             # a directory that can't be written, or a file system without locks, keeps nobody
             with contextlib.suppress(OSError):
-                file = path.open("a")
-                fcntl.flock(file, fcntl.LOCK_EX)
+                file = _locked(path)
         try:
             yield
         finally:
@@ -147,7 +148,17 @@ class GraphStore:
             "signature": signature,
         }
         for path, value in ((self._binary, content), (self._record, json.dumps(fields).encode())):
-            temporary = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
-            temporary.touch(mode=0o600)
-            temporary.write_bytes(value)
-            temporary.replace(path)
+            with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".tmp", delete=False) as file:
+                file.write(value)
+            Path(file.name).replace(path)
+
+
+def _locked(path: Path) -> IO[str]:
+    """Open and lock a file; once more where the process before removed it while this one waited."""
+    while True:
+        file = path.open("a")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        file.close()

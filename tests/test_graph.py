@@ -11,7 +11,9 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -207,6 +209,20 @@ def test_stored_graph_is_loaded_without_compiling(store: Path) -> None:
     require_eager_numbers(second, data(5, 9))
     assert (first.n_compiled, second.n_compiled) == (1, 0)
     assert second.is_compiled
+
+
+def test_a_loaded_graph_leaves_no_files(
+    filled_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(own))
+    below_tmp = set(Path("/tmp").glob("aotinductor_*"))
+    graph = small_graph()
+    require_eager_numbers(graph, data())
+    assert (graph.n_compiled, graph.is_compiled) == (0, True)
+    assert not list(own.iterdir())
+    assert set(Path("/tmp").glob("aotinductor_*")) <= below_tmp
 
 
 def test_stored_graph_of_another_architecture_is_not_loaded(filled_store: Path) -> None:
@@ -492,9 +508,32 @@ def test_two_processes_compile_a_graph_once(filled_store: Path, tmp_path: Path) 
     assert not list(filled_store.glob("*.lock"))
 
 
-def test_graph_that_kills_a_process_is_not_loaded(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dies = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
-    monkeypatch.setattr("mtinfer.graph._LOAD", dies)
+def test_a_lock_has_one_holder_at_a_time(tmp_path: Path) -> None:
+    """The one that waited must not go on with a file that the holder removed, where others lock a new one."""
+    store, holders, most = GraphStore(tmp_path, "key"), [0], []
+
+    def hold() -> None:
+        for _ in range(20):
+            with store.alone():
+                holders[0] += 1
+                most.append(holders[0])
+                time.sleep(0.001)
+                holders[0] -= 1
+
+    threads = [threading.Thread(target=hold) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (max(most), len(most)) == (1, 80)
+
+
+def test_graph_that_kills_a_process_is_not_loaded(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dies = tmp_path / "dies.py"
+    dies.write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    monkeypatch.setattr("mtinfer.loaded_graph.__file__", str(dies))
     graph = small_graph()
     with pytest.warns(GraphWarning, match="ended a process by SIGSEGV.*CXX"):
         require_eager_numbers(graph, data())

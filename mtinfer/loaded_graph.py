@@ -1,0 +1,72 @@
+"""Compiled graphs that are loaded: neither the compiler nor mtinfer is imported for that.
+
+Run as a program, ``python loaded_graph.py PACKAGE DEVICE`` loads a graph and ends.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["LoadedGraph", "require_loadable"]
+
+
+class LoadedGraph:
+    """A compiled graph as a function of tensors.
+
+    It takes the strides of its arguments for granted, hence the copies of what is not contiguous.
+
+    Parameters
+    ----------
+    package
+        file that Inductor packed.
+    device
+        device of its arguments.
+    """
+
+    def __init__(self, package: Path, device: torch.device) -> None:
+        aoti: Any = torch._C._aoti
+        if device.type != "cpu":
+            # unpacks into a folder of its own below /tmp, and reads the kernels there when they first run
+            index = -1 if device.index is None else device.index
+            self._graph = aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
+            return
+        # a library that is loaded needs no file: a process that is killed leaves none
+        with (
+            tempfile.TemporaryDirectory(prefix="mtinfer-", ignore_cleanup_errors=True) as folder,
+            zipfile.ZipFile(package) as archive,
+        ):
+            (library,) = (name for name in archive.namelist() if name.endswith(".so"))
+            self._graph = aoti.AOTIModelContainerRunnerCpu(archive.extract(library, folder), 1)
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._graph.run([argument.contiguous() for argument in arguments]))
+
+
+def require_loadable(package: Path, device: torch.device) -> None:
+    """Raise RuntimeError for a graph whose loading would kill this process, by loading it in another one.
+
+    Seen with g++ 13 of Ubuntu 24.04, whose `std::regex` died in torch's part of a graph (torch 2.13).
+    """
+    if not sys.executable:  # Python is embedded in another program
+        return
+    # -P: the folder of this file is no place to import from. Errors of Python don't count, only its end
+    command = [sys.executable, "-P", __file__, str(package), str(device)]
+    status = subprocess.run(command, capture_output=True).returncode
+    if status < 0:
+        raise RuntimeError(
+            f"loading it ended a process by {signal.Signals(-status).name}: the C++ compiler does not fit "
+            "torch; another one, named by CXX, may"
+        )
+
+
+if __name__ == "__main__":
+    LoadedGraph(Path(sys.argv[1]), torch.device(sys.argv[2]))
