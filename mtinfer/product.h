@@ -109,19 +109,21 @@ struct Product {
 
     // all rows that fit, blocks of `rows` each; the last block may take rows once more: the same numbers again
     template <int64_t rows, int64_t width>
-    bool blocks(const T* left, const T* packed, T* result, int64_t n, int64_t used) const {
-        if (n < rows) return false;
+    void blocks(const T* left, const T* packed, T* result, int64_t n, int64_t used) const {
         for (int64_t begin = 0; begin < n; begin += rows) {
             const int64_t m = std::min(begin, n - rows);
             part<rows, width>(left + m * row_stride, packed, result + m * n_columns, used);
         }
-        return true;
     }
 
-    template <int64_t width>
+    // as few blocks as hold all rows, all of them as high as the highest must be
+    template <int64_t width, int64_t rows = std::min<int64_t>(8, n_sums / width)>
     void panel(const T* left, const T* packed, T* result, int64_t n, int64_t used) const {
-        blocks<std::min<int64_t>(8, n_sums / width), width>(left, packed, result, n, used) ||
-            blocks<4, width>(left, packed, result, n, used) || blocks<1, width>(left, packed, result, n, used);
+        constexpr int64_t most = std::min<int64_t>(8, n_sums / width);
+        const int64_t n_blocks = (n + most - 1) / most;
+        if constexpr (rows > 1)
+            if (n <= n_blocks * (rows - 1)) return panel<width, rows - 1>(left, packed, result, n, used);
+        blocks<rows, width>(left, packed, result, n, used);
     }
 
     void rows(const T* left, const T* packed, T* result, int64_t n) const {
