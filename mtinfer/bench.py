@@ -457,4 +457,7 @@ def row(figures: Figures, forms: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(_measure_here(**json.loads(sys.argv[1])))))
+    try:
+        print(json.dumps(asdict(_measure_here(**json.loads(sys.argv[1])))))
+    except MtinferError as err:
+        sys.exit(str(err))

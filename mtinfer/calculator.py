@@ -129,6 +129,7 @@ class MTCalculator(Calculator):
         system_changes: list[str] = all_changes,
     ) -> None:
         """Evaluate `atoms` with the head in use; called by ASE."""
+        self.results = {}  # else those of another structure would be found where this call fails
         super().calculate(atoms, properties, system_changes)  # type: ignore[no-untyped-call]
         if self.atoms is None:
             raise CalculatorSetupError("no structure was given; set atoms.calc, or pass atoms")
@@ -199,8 +200,11 @@ def _parameters(atoms: ase.Atoms) -> dict[str, Any]:
     """Copy what the potential reads beside atoms."""
     values = {name: atoms.info.get(name) for name in ("fparam", "charge", "spin")}
     values["aparam"] = atoms.arrays.get("aparam")
-    return {
-        name: value.tolist() if hasattr(value, "tolist") else copy.deepcopy(value)
-        for name, value in values.items()
-        if value is not None
-    }
+    return {name: _plain(value) for name, value in values.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    """Copy of a value that can be compared, arrays as lists."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value.tolist() if hasattr(value, "tolist") else copy.deepcopy(value)

@@ -189,15 +189,26 @@ def evaluate(
     if not any(frame.has_labels for frame in frames):
         if output is None:
             raise DataError(
-                "no frame carries a label, so there is nothing to score; --output writes predictions"
+                f"no frame carries a label{_unread(frames)}, so there is nothing to score; "
+                "--output writes predictions"
             )
         if plot is not None:
-            raise DataError("no frame carries a label, so there is nothing to plot; leave --plot out")
+            raise DataError(
+                f"no frame carries a label{_unread(frames)}, so there is nothing to plot; leave --plot out"
+            )
     n_atoms = sum(len(frame.atoms) for frame in frames) * len(chosen)
     if compile_ == "auto" and n_atoms >= _COMPILE_PAYS_ATOMS:
         potential.compile("wait")
     evaluation = _with_progress(potential, chosen, frames)
     _report(evaluation, model, json_file=json_file, csv_file=csv_file, plot=plot, output=output)
+
+
+def _unread(frames: list[Frame]) -> str:
+    """Where labels are looked for, and what else the first frame has, for messages."""
+    atoms = frames[0].atoms
+    others = sorted({*atoms.info, *atoms.arrays} - {"numbers", "positions"})
+    found = f"; the first frame has {', '.join(others)} instead" if others else ""
+    return f" (energy, forces, virial or stress{found})"
 
 
 def _chosen_heads(potential: Potential, heads: tuple[str, ...]) -> list[str]:

@@ -194,7 +194,7 @@ class Potential:
             candidates = [find_candidates(atoms, state.model.rcut)]
             inputs = self.inputs([atoms], candidates, state, fparam, aparam, charge_spin)
             return self.predict(inputs, state)[0]
-        structures = list(atoms)
+        structures = _structures(atoms)
         if aparam is not None:
             raise StructureError(
                 'aparam= is for a single structure; set atoms.arrays["aparam"] of every structure instead'
@@ -280,7 +280,7 @@ class Potential:
         StructureError, UnknownHeadError, UnsupportedModelError
             As `evaluate` and `head` do.
         """
-        structures = [atoms] if isinstance(atoms, ase.Atoms) else list(atoms)
+        structures = _structures(atoms)
         heads = [heads] if isinstance(heads, str) else heads
         chosen = [self.head(name) for name in (self.heads if heads is None else heads)]
         states = [state.exact or state for state in chosen]
@@ -329,9 +329,10 @@ class Potential:
         return [
             Prediction(
                 energy=float(atom_energy.sum()),
-                atom_energy=atom_energy.numpy(),
-                forces=force.numpy(),
-                virial=virial.numpy(),
+                # copies, so that one kept prediction does not keep those of all structures
+                atom_energy=atom_energy.clone().numpy(),
+                forces=force.clone().numpy(),
+                virial=virial.clone().numpy(),
                 head=state.name,
             )
             for atom_energy, force, virial in zip(
@@ -478,6 +479,14 @@ def _dtype(dtype: str | torch.dtype) -> Precision:
         return _DTYPES[str(dtype)]
     except KeyError:
         raise ValueError(f"dtype={dtype!r} is not supported; allowed are float32 and float64") from None
+
+
+def _structures(atoms: Any) -> list[ase.Atoms]:
+    structures = [atoms] if isinstance(atoms, ase.Atoms) else list(atoms)
+    for structure in structures:
+        if not isinstance(structure, ase.Atoms):
+            raise TypeError(f"{atoms!r} is no ase.Atoms, nor a list of them; ase.io.read reads files")
+    return structures
 
 
 def _not_finite(inputs: GraphInputs) -> str:

@@ -246,6 +246,17 @@ def test_forces_under_modes_without_gradients(
     np.testing.assert_allclose(atoms.get_forces(), expected, atol=1e-9)
 
 
+def test_a_call_that_fails_leaves_no_results(potential: Potential) -> None:
+    calculator = MTCalculator(potential, head="water")
+    calculator.calculate(water())
+    bad = ase.Atoms("H2", positions=np.zeros((2, 3)))
+    with pytest.raises(StructureError):
+        calculator.calculate(bad)
+    bad.calc = calculator
+    with pytest.raises(StructureError):
+        bad.get_potential_energy()
+
+
 def test_atoms_on_top_of_each_other(potential: Potential) -> None:
     """An energy that is no number ends a run at once."""
     atoms = ase.Atoms("OH2", [[0.0, 0.0, 0.0], [0.0, 0.0, 0.96], [0.0, 0.0, 0.96]])
@@ -310,6 +321,10 @@ def test_parameters_changed_in_place(eager: Callable[..., Potential]) -> None:
     atoms.info["fparam"] = np.full(model.fitting.numb_fparam, 0.1)
     atoms.calc = MTCalculator(potential, head="water")
     before = atoms.get_potential_energy()
+    assert atoms.calc.check_state(atoms) == []
+    atoms.info["fparam"] = (np.array(0.1),) * model.fitting.numb_fparam  # the same, in another form
+    assert atoms.calc.check_state(atoms) == []
+    atoms.info["fparam"] = np.full(model.fitting.numb_fparam, 0.1)
     atoms.info["fparam"][0] = 5.0
     assert atoms.get_potential_energy() == pytest.approx(potential.evaluate(atoms, "water").energy, abs=1e-12)
     assert abs(atoms.get_potential_energy() - before) > 1e-6

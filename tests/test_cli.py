@@ -187,6 +187,14 @@ def test_bad_data_and_outputs_are_named(tmp_path: Path) -> None:
     np.save(forces, np.load(forces)[:, :-3])
     fails_with("force.npy", "eval", "--head", "water", STRIP, system)
     frames = FRAMES / "water.extxyz"
+    unlabelled = ase.io.read(frames, index=0)
+    unlabelled.calc = None
+    unlabelled.info = {"REF_energy": 1.0}
+    ase.io.write(tmp_path / "other.extxyz", unlabelled)
+    text = (
+        "no frame carries a label (energy, forces, virial or stress; the first frame has REF_energy, momenta"
+    )
+    fails_with(text, "eval", "--head", "water", STRIP, tmp_path / "other.extxyz")
     absent = tmp_path / "absent" / "s.json"
     fails_with("does not exist", "eval", "--head", "water", STRIP, frames, "--json", absent)
     fails_with("does not exist", "convert", STRIP, "-o", absent)
