@@ -30,7 +30,7 @@ _COUNT = click.IntRange(min=1)
 
 
 class _Group(click.Group):
-    """Prints every `MtinferError` as one line on stderr; `--debug` shows the traceback."""
+    """Prints every `MtinferError`, and Ctrl-C, as one line on stderr; `--debug` shows tracebacks of errors."""
 
     def invoke(self, ctx: click.Context) -> Any:
         warnings.showwarning = _show_warning
@@ -41,6 +41,9 @@ class _Group(click.Group):
                 raise
             click.echo(f"mtinfer: {err}", err=True)
             ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("mtinfer: interrupted", err=True)
+            ctx.exit(130)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

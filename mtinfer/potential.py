@@ -31,7 +31,7 @@ from .neighbors import Candidates, find_candidates, graph_inputs
 from .parameters import aparam_of, charge_spin_of, fparam_of
 from .value_graphs import ValueGraphs
 
-__all__ = ["Potential", "PredictionWarning", "load"]
+__all__ = ["Potential", "PredictionWarning", "load", "usable_device"]
 
 _DTYPES: dict[str, Precision] = {
     "float32": "float32",
@@ -424,7 +424,7 @@ def load(
         If no head of the file is supported.
     """
     _survive_forks()
-    where = _device(device)
+    where = usable_device(device)
     mode = _compile_mode(compile)
     checkpoint = read_checkpoint(Path(path))
     if dtype is not None:
@@ -451,7 +451,14 @@ def _symbol(number: int) -> str:
     return chemical_symbols[number] if 0 <= number < len(chemical_symbols) else f"element {number}"
 
 
-def _device(name: str | torch.device | None) -> torch.device:
+def usable_device(name: str | torch.device | None) -> torch.device:
+    """Return the device of a name, or the first GPU and else the CPU for None.
+
+    Raises
+    ------
+    MtinferError
+        There is no such device, or it can't be used here.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -62,8 +62,6 @@ def train(
     Writes checkpoints that deepmd-kit reads, lcurve.csv and a picture per task. Ctrl-C writes a checkpoint
     and ends; --resume goes on from it. Under torchrun, several processes train together.
     """
-    import torch
-
     from .config import read_config
     from .plan import describe_plan, make_plan
     from .ranks import Ranks
@@ -72,20 +70,21 @@ def train(
 
     if resume is not None and finetune is not None:
         raise click.UsageError("--resume and --finetune exclude each other")
+    if head is not None and finetune is None:
+        raise click.UsageError("--head goes with --finetune")
+    start = Start(resume, finetune, head, force)
     plan = make_plan(read_config(input_file), dialect=dialect, n_steps=steps)
     if check:
         click.echo("\n".join(describe_plan(plan)))
         return
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(f"{str(output)!r} can't be a folder: {err.strerror}") from err
-    ranks = Ranks.join(where)
+    ranks = Ranks.join(device)
     try:
         if ranks.is_first:
             click.echo("\n".join(describe_plan(plan)))
-        start = Start(resume, finetune, head, force)
         mode: Any = "wait" if compile_ == "on" else "off"
         trainer = Trainer(plan, output, start=start, mode=mode, ranks=ranks)
         finished = _run(trainer, plan, ranks)

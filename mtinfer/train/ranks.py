@@ -10,9 +10,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..errors import TrainingError
+from ..potential import usable_device
+
 __all__ = ["Ranks"]
 
 T = TypeVar("T")
+
+#: what ``torchrun`` sets beside WORLD_SIZE, by which processes meet
+_MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -25,16 +31,29 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
-    def join(cls, device: torch.device) -> Ranks:
-        """Meet the other processes; the environment of ``torchrun`` says how many there are."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
-            return cls(device=device)
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(torch.distributed.get_rank(), size, device)
+    def join(cls, device: str | None = None) -> Ranks:
+        """Meet the other processes; the environment of ``torchrun`` says how many there are.
+
+        Raises
+        ------
+        MtinferError
+            The device can't be used, or the environment names other processes, but not how to meet them.
+        """
+        size = os.environ.get("WORLD_SIZE", "1")
+        if size == "1":
+            return cls(device=usable_device(device))
+        if missing := [name for name in _MEETING if name not in os.environ]:
+            raise TrainingError(
+                f"WORLD_SIZE is {size}, and {', '.join(missing)} {'are' if len(missing) > 1 else 'is'} not "
+                "set; start several processes with torchrun, or unset WORLD_SIZE for one"
+            )
+        if device is None and torch.cuda.is_available() or str(device).startswith("cuda"):
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        where = usable_device(device)
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
+        torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), where)
 
     def leave(self) -> None:
         """End the connection."""

@@ -38,6 +38,13 @@ class Start:
     #: whether to replace the files of an earlier training in the folder
     force: bool = False
 
+    def __post_init__(self) -> None:
+        for path in (self.resume, self.finetune):
+            if path is not None and path.is_dir():
+                inside = sorted(path.glob("*.pt"), key=lambda found: (not found.is_symlink(), found.name))
+                named = f", as in {str(inside[0])!r}" if inside else ""
+                raise CheckpointError(f"{str(path)!r} is a folder; name a checkpoint in it{named}")
+
 
 def resumed(path: Path, plan: Plan) -> RunState:
     """Read a checkpoint that this program wrote, to go on from it.

@@ -1,0 +1,72 @@
+"""The command `train` as a user types it: what it says where it can't go on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from tiny_inputs import shared_input
+
+from mtinfer.cli import main
+
+
+@pytest.fixture(autouse=True)
+def keep_warning_filters(recwarn: pytest.WarningsRecorder) -> None:
+    """The commands print warnings, which are no errors here."""
+
+
+def train(folder: Path, *options: object, content: dict[str, Any] | None = None) -> Result:
+    path = folder / "input.json"
+    path.write_text(json.dumps(content or shared_input("dpa1strip", numb_steps=2)))
+    arguments = ["train", path, "--output", folder / "run", "--compile", "off", *options]
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def fails_with(text: str, result: Result) -> None:
+    """One line on stderr, and nothing trained."""
+    assert result.exit_code == 1, result.output
+    assert re.search(f"^mtinfer: .*{text}", result.stderr), result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(tmp_path: Path, device: str) -> None:
+    fails_with(f"device '{device}' can't be used", train(tmp_path, "--device", device))
+
+
+def test_processes_that_torchrun_did_not_start_are_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", "2")
+    text = "WORLD_SIZE is 2, and RANK, LOCAL_RANK, MASTER_ADDR are not set; start .* with torchrun, or unset"
+    fails_with(text, train(tmp_path))
+
+
+def test_a_head_goes_with_fine_tuning(tmp_path: Path) -> None:
+    result = train(tmp_path, "--head", "copper")
+    assert result.exit_code == 2
+    assert "--head goes with --finetune" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--resume", "--finetune"])
+def test_a_folder_is_no_checkpoint(tmp_path: Path, option: str) -> None:
+    text = f"'{tmp_path}' is a folder; name a checkpoint in it"
+    fails_with(f"{text}$", train(tmp_path, option, tmp_path))
+    (tmp_path / "model.ckpt-2.pt").touch()
+    (tmp_path / "model.ckpt.pt").symlink_to("model.ckpt-2.pt")
+    fails_with(f"{text}, as in '{tmp_path}/model.ckpt.pt'$", train(tmp_path, option, tmp_path))
+
+
+def test_an_interrupted_command_ends_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mtinfer.train.trainer.Trainer._compile", interrupted)
+    result = train(tmp_path)
+    assert result.exit_code == 130
+    assert result.stderr == "mtinfer: interrupted\n"
