@@ -10,10 +10,10 @@ from typing import Any
 from ..errors import OutputError
 from .loss import Errors
 
-__all__ = ["COLUMNS", "CURVE", "PICTURE", "LearningCurve"]
+__all__ = ["COLUMNS", "CURVE", "PICTURES", "LearningCurve", "picture_name"]
 
-#: names of the files of all tasks, and of one
-CURVE, PICTURE = "lcurve.csv", "lcurve-{}.png"
+#: name of the file of all tasks, and pattern of those of one
+CURVE, PICTURES = "lcurve.csv", "lcurve-*.png"
 
 _LABELS = {"energy": "energy per atom (eV)", "force": "force (eV/Å)", "virial": "virial per atom (eV)"}
 COLUMNS = (
@@ -61,6 +61,11 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
     """Rows of a learning curve."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def picture_name(task: str) -> str:
+    """Name of the picture of a task; a slash in the name of the task is percent-encoded."""
+    return PICTURES.replace("*", task.replace("%", "%25").replace("/", "%2F"))
 
 
 def plot_curve(path: Path, task: str, picture: Path) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..checkpoint.records import HeadRecord
 from ..checkpoint.writer import check_no_debris, file_key, training_content, write_content
 from ..errors import OutputError, TrainingError
-from .curves import CURVE, PICTURE, read_curve
+from ..files import check_output
+from .curves import CURVE, PICTURES, read_curve
 from .plan import Plan
 from .weights import AllWeights, Owners, trained_labels
 
@@ -80,13 +81,16 @@ class Keeper:
         self._replaced: list[Path] = []
 
     def claim(self, *, resume: Path | None, finetune: Path | None, force: bool) -> None:
-        """Make sure that no files of an earlier training are in the way; those of the resumed one are not.
+        """Make sure that files can be written, and that none of an earlier training is in the way.
+
+        Those of the resumed one are not.
 
         Raises
         ------
         OutputError
-            There are, and they may not be replaced.
+            The folder can't be made or written to, or there are such files and they may not be replaced.
         """
+        self._check_folders()
         if self._goes_on(resume):
             return
         self._replaced = self._earlier()
@@ -99,14 +103,21 @@ class Keeper:
         if source is not None and source.resolve() in [path.resolve() for path in self._replaced]:
             raise OutputError(f"{str(source)!r} would be removed by --force; choose another --output")
 
-    def clear(self) -> None:
-        """Make the folder, and remove the files that `claim` found."""
+    def _check_folders(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self._replaced:
-                path.unlink(missing_ok=True)
         except OSError as err:
-            raise OutputError(f"{str(err.filename)!r} can't be written: {err.strerror}") from err
+            raise OutputError(f"{str(self.folder)!r} can't be a folder: {err.strerror}") from err
+        for path in (self.output / CURVE, *(self.folder / f"{name}.pt" for name in self._names)):
+            check_output(path)
+
+    def clear(self) -> None:
+        """Remove the files that `claim` found."""
+        for path in self._replaced:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as err:
+                raise OutputError(f"{str(path)!r} can't be removed: {err.strerror}") from err
 
     def go_on(self, resume: Path, step: int) -> None:
         """Count a resumed checkpoint as written, and with it those before in its folder."""
@@ -128,7 +139,7 @@ class Keeper:
         found = checkpoints + [path for path in links if path.exists() or path.is_symlink()]
         curve = self.output / CURVE
         if curve.exists() and read_curve(curve):
-            found += [curve, *self.output.glob(PICTURE.format("*"))]
+            found += [curve, *self.output.glob(PICTURES)]
         return found
 
     def saved_elsewhere(self, step: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..graph import CompileMode
-from .curves import CURVE, PICTURE, LearningCurve, plot_curve
+from .curves import CURVE, LearningCurve, picture_name, plot_curve
 from .loss import Errors
 from .optimizer import Optimizer
 from .plan import Plan, Task
@@ -320,7 +320,7 @@ class Trainer:
             return
         self.keeper.save(self.state())
         for task in self.plan.tasks:
-            plot_curve(self.folder / CURVE, task.name, self.folder / PICTURE.format(task.name))
+            plot_curve(self.folder / CURVE, task.name, self.folder / picture_name(task.name))
 
 
 def _default_fparam(task: Task) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import signal
@@ -182,6 +183,19 @@ def test_checkpoints_may_have_a_folder_of_their_own(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.pt"))
 
 
+def test_checkpoints_that_can_not_be_written_are_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").touch()
+    (tmp_path / "kept.pt").mkdir()
+    for name, text in (("taken/best", "taken' can't be a folder"), ("kept", "kept.pt: exists and is not a")):
+        with pytest.raises(OutputError, match=text):
+            Trainer(plan_of(shared_input("dpa1strip", save_ckpt=name)), tmp_path, mode="off")
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "locked")
+    with pytest.raises(OutputError, match="locked is not writable; choose another path"):
+        Trainer(plan_of(shared_input("dpa1strip", save_ckpt="locked/best")), tmp_path, mode="off")
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_there_is_always_a_newest_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unlink = Path.unlink
@@ -208,6 +222,14 @@ def test_learning_curve_has_a_row_and_a_picture_for_every_task(tmp_path: Path) -
     assert all(float(row["rmse_force_valid"]) > 0 for row in found)
     assert not any(row["rmse_virial_valid"] for row in found if row["task"] == "clusters")
     assert (tmp_path / "lcurve-copper.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_of_heads_are_no_paths(tmp_path: Path) -> None:
+    given = json.loads(json.dumps(shared_input("dpa1strip")).replace('"copper":', '"cu/pbe%":'))
+    for start in (Start(), Start(resume=tmp_path / "model.ckpt-2.pt")):
+        Trainer(plan_of(given), tmp_path, start=start, mode="off").run()
+    assert (tmp_path / "lcurve-cu%2Fpbe%25.png").is_file()
+    assert "cu/pbe%" in mtinfer.load(tmp_path / "model.ckpt.pt", compile=False).heads
 
 
 @pytest.mark.usefixtures("no_pictures")
