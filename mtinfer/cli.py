@@ -30,7 +30,7 @@ _COUNT = click.IntRange(min=1)
 
 
 class _Group(click.Group):
-    """Prints every `MtinferError`, and Ctrl-C, as one line on stderr; `--debug` shows tracebacks of errors."""
+    """Prints every `MtinferError`, and Ctrl-C, as one line on stderr; `--debug` shows tracebacks."""
 
     def invoke(self, ctx: click.Context) -> Any:
         warnings.showwarning = _show_warning

@@ -48,6 +48,8 @@ class DataConfig:
     sys_probs: tuple[float, ...] | None
     #: batches per validation
     n_batches: int = 1
+    #: path of the section in the input, for error texts
+    where: str = "training_data"
 
 
 @dataclass(frozen=True)
@@ -442,6 +444,7 @@ def _data(given: Any, section: schema.Section, where: str) -> DataConfig:
         auto_prob=found["auto_prob"],
         sys_probs=None if probabilities is None else tuple(map(float, probabilities)),
         n_batches=found.get("numb_btch", 1),
+        where=where,
     )
 
 

@@ -47,7 +47,7 @@ class Ranks:
                 f"WORLD_SIZE is {size}, and {', '.join(missing)} {'are' if len(missing) > 1 else 'is'} not "
                 "set; start several processes with torchrun, or unset WORLD_SIZE for one"
             )
-        if device is None and torch.cuda.is_available() or str(device).startswith("cuda"):
+        if (device is None and torch.cuda.is_available()) or str(device).startswith("cuda"):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         where = usable_device(device)
         if where.type == "cuda":

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from ase.data import atomic_numbers
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data import Frame, read_frames
 from ..errors import ConfigError
 from ..models import EnergyModel
-from .batch import Batch, make_batch
+from .batch import Batch, make_batch, type_indices
 from .config import DataConfig
 
 __all__ = ["Batches", "Sampler", "System", "load_systems"]
@@ -56,13 +57,16 @@ def load_systems(config: DataConfig, type_map: Sequence[str], folder: Path) -> l
     Raises
     ------
     DataError
-        A path is missing or unreadable.
+        A path is missing or unreadable, or a frame has an element that is not in the type map.
     ConfigError
         The number of batch sizes is not that of the systems, or no frame is as small as "filter:N" says.
     """
     sizes = config.batch_size
     if isinstance(sizes, tuple) and len(sizes) != len(config.systems):
-        raise ConfigError(f"batch_size has {len(sizes)} entries for {len(config.systems)} systems")
+        raise ConfigError(
+            f"{config.where}.batch_size is {list(sizes)}; expected a number, or a list of "
+            f"{len(config.systems)}, one per system"
+        )
     systems: list[System] = []
     for k, name in enumerate(config.systems):
         path = Path(name)
@@ -74,13 +78,23 @@ def load_systems(config: DataConfig, type_map: Sequence[str], folder: Path) -> l
             size = sizes[k] if isinstance(sizes, tuple) else sizes
             if isinstance(size, str) and size.startswith("filter:"):
                 frames = [frame for frame in frames if len(frame.atoms) <= int(size.partition(":")[2])]
+            _check_elements(frames, type_map)
             if frames:
                 systems.append(System(tuple(frames), _batch_size(size, frames)))
     if not systems:
         raise ConfigError(
-            f"batch_size {sizes!r} leaves no frame of {', '.join(config.systems)}; give a larger number"
+            f"{config.where}.batch_size {sizes!r} leaves no frame of {', '.join(config.systems)}; give a "
+            "larger number"
         )
     return systems
+
+
+def _check_elements(frames: Sequence[Frame], type_map: Sequence[str]) -> None:
+    """Raise a DataError that names the first frame with an element that is not in the type map."""
+    known = {atomic_numbers[symbol] for symbol in type_map if symbol in atomic_numbers}
+    for frame in frames:
+        if not known.issuperset(frame.atoms.numbers.tolist()):
+            type_indices(frame, type_map)
 
 
 def _batch_size(size: int | str, frames: Sequence[Frame]) -> int:
@@ -107,7 +121,8 @@ def system_probabilities(config: DataConfig, systems: Sequence[System]) -> NDArr
         weights = np.array(config.sys_probs)
         if len(weights) != len(systems) or (weights < 0).any() or not weights.sum():
             raise ConfigError(
-                f"sys_probs is {list(config.sys_probs)}; expected {len(systems)} numbers, none negative"
+                f"{config.where}.sys_probs is {list(config.sys_probs)}; expected a list of {len(systems)}, "
+                "one per system, none negative and not all 0"
             )
     elif config.auto_prob == "prob_uniform":
         weights = np.ones(len(systems))
