@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from .batch import Batch, Labels
 
-__all__ = ["Errors", "LossConfig"]
+__all__ = ["LABELS", "Errors", "LossConfig"]
+
+#: what a loss compares, in the order of prefactors and of `Batch.has`
+LABELS = ("energy", "forces", "virial")
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,31 @@ class LossConfig:
         )
         return cls(start, limit, bool(config["intensive_ener_virial"]))  # type: ignore[arg-type]
 
+    def in_dialect(self, dialect: str) -> LossConfig:
+        """Return the loss with the terms that count in a dialect.
+
+        In `pt` a term with a prefactor of 0 at the start or at the limit is left out.
+        """
+        if dialect != "pt":
+            return self
+        kept = [all(ends) for ends in zip(self.start, self.limit, strict=True)]
+        start, limit = (
+            tuple(factor if keep else 0.0 for factor, keep in zip(factors, kept, strict=True))
+            for factors in (self.start, self.limit)
+        )
+        return replace(self, start=start, limit=limit)  # type: ignore[arg-type]
+
+    @property
+    def counted(self) -> list[str]:
+        """Labels that count at any step."""
+        ends = zip(LABELS, self.start, self.limit, strict=True)
+        return [name for name, start, limit in ends if start or limit]
+
     def labels(self, batch: Batch, ratio: float) -> Labels:
         """Labels of a batch with the weight of every squared error.
 
         p_E·mean_f(ΔE²/N^q) + p_F·Σ|ΔF|²/(3 Σ_f N) + p_V·mean_f(mean_9(ΔW²)/N^q), where q is 2 for an
-        intensive loss and else 1, and the means run over the frames of the batch.
+        intensive loss and else 1, and each term runs over the frames of the batch that have its label.
 
         Parameters
         ----------
@@ -48,17 +71,17 @@ class LossConfig:
             limit + (start - limit) * ratio for start, limit in zip(self.start, self.limit, strict=True)
         ]
         p_energy, p_forces, p_virial = factors
-        n_frames = len(batch.energy)
-        per_frame = batch.n_atoms.clamp(min=1.0) ** (-2.0 if self.intensive else -1.0) / n_frames
+        per_frame = batch.n_atoms.clamp(min=1.0) ** (-2.0 if self.intensive else -1.0)
         has_energy, has_forces, has_virial = batch.has.unbind(1)
+        n_energies, _, n_virials = batch.has.sum(0).clamp(min=1.0)
         n_forces = (batch.n_atoms * has_forces).sum().clamp(min=1.0)
         return Labels(
             energy=batch.energy,
-            energy_weight=p_energy * has_energy * per_frame,
+            energy_weight=p_energy / n_energies * has_energy * per_frame,
             forces=batch.forces,
             force_weight=p_forces / (3.0 * n_forces) * has_forces[batch.frames] * batch.counted,
             virial=batch.virial,
-            virial_weight=p_virial / 9.0 * has_virial * per_frame,
+            virial_weight=p_virial / (9.0 * n_virials) * has_virial * per_frame,
         )
 
 

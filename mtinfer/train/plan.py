@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError, UnsupportedModelError
 from ..models import EnergyModel
 from .config import TaskConfig, TrainConfig
+from .loss import LABELS, LossConfig
 from .neighbor_counts import settle_counts
 from .sampling import System, batches_per_epoch, load_systems, system_probabilities
 from .schedule import Schedule
@@ -79,7 +80,10 @@ def make_plan(config: TrainConfig, *, dialect: str = "pt_expt", n_steps: int | N
     }
     frames = {name: [frame for system in own for frame in system.frames] for name, own in systems.items()}
     config, counts = settle_counts(config, frames)
-    tasks = tuple(_task(task, systems[task.name], folder, dialect) for task in config.tasks)
+    tasks = tuple(
+        _task(replace(task, loss=task.loss.in_dialect(dialect)), systems[task.name], folder, dialect)
+        for task in config.tasks
+    )
     if any(task.config.epochs for task in tasks):
         per_task = [_epoch(task) * float(task.config.epochs or 0.0) for task in tasks]
         weights, total = np.array(per_task), math.ceil(sum(per_task))
@@ -110,18 +114,39 @@ def _task(config: TaskConfig, systems: list[System], folder: Path, dialect: str)
         model = EnergyModel.from_config(config.model, dialect)
     except UnsupportedModelError as err:
         raise ConfigError(f"head {config.name!r}: {err}") from err
-    if not any(frame.has_labels for system in systems for frame in system.frames):
+    labels, counted = _labels(systems), config.loss.counted
+    if not {*labels} & {*counted}:
         raise ConfigError(
-            f"training.data_dict.{config.name}: no frame has an energy, force or virial label, so there is "
-            "nothing to learn; give labelled data"
+            f"{config.training.where}: no frame has a label that the loss of task {config.name!r} counts "
+            f"(labels: {', '.join(labels) or 'none'}; counted: {', '.join(counted) or 'none'}), so there is "
+            "nothing to learn; give labels and prefactors that go together"
         )
     validation = [] if config.validation is None else load_systems(config.validation, model.type_map, folder)
     return Task(config, model, systems, system_probabilities(config.training, systems), validation)
 
 
+def _labels(systems: Sequence[System]) -> list[str]:
+    """Labels that any frame has."""
+    frames = [frame for system in systems for frame in system.frames]
+    values = ([f.energy for f in frames], [f.forces for f in frames], [f.comparable_virial for f in frames])
+    return [n for n, own in zip(LABELS, values, strict=True) if any(value is not None for value in own)]
+
+
+def _notes(task: Task, given: LossConfig) -> Iterator[str]:
+    """Yield what of the loss that the input gives a task, and of its data, has no effect."""
+    counted, labels = task.config.loss.counted, _labels(task.systems)
+    if left_out := [name for name in given.counted if name not in counted]:
+        yield f"the dialect pt leaves out {', '.join(left_out)}: prefactor 0 at the start or at the limit"
+    if missing := [name for name in counted if name not in labels]:
+        yield f"no frame has {', '.join(missing)}, which the loss counts"
+    if task.validation and not _labels(task.validation):
+        yield "no frame for validation has a label"
+
+
 def describe_plan(plan: Plan) -> Iterator[str]:
     """Yield the lines of ``mtinfer train --check``."""
     owners = Owners(plan.config.links)
+    given = {task.name: task.loss for task in plan.config.tasks}
     for task, probability in zip(plan.tasks, plan.probabilities, strict=True):
         n_frames = sum(len(system.frames) for system in task.systems)
         n_validation = sum(len(system.frames) for system in task.validation)
@@ -132,6 +157,8 @@ def describe_plan(plan: Plan) -> Iterator[str]:
             f"batch size {', '.join(map(str, sizes))}, {n_validation} frames for validation, probability "
             f"{probability:.3g}"
         )
+        for note in _notes(task, given[task.name]):
+            yield f"note on task {task.name}: {note}"
     for name, own in plan.counts.items():
         yield f"neighbour counts of {name}: {', '.join(f'{key} {count}' for key, count in own.items())}"
     for link in plan.config.links:

@@ -430,7 +430,63 @@ def test_data_without_labels_are_refused(tmp_path: Path) -> None:
     content = shared_input("dpa1strip")
     data = content["training"]["data_dict"]["copper"]["training_data"]
     data["systems"] = [str(tmp_path / "frames.extxyz")]
-    with pytest.raises(ConfigError, match=r"training\.data_dict\.copper: no frame has an energy, force or"):
+    text = (
+        r"copper\.training_data: no frame has a label that the loss of task 'copper' counts \(labels: none; "
+        r"counted: energy, forces, virial\)"
+    )
+    with pytest.raises(ConfigError, match=text):
+        plan_of(content)
+
+
+def test_a_loss_that_counts_nothing_is_refused() -> None:
+    content = shared_input("dpa1strip")
+    for label in "efv":
+        content["loss_dict"]["copper"] |= {f"start_pref_{label}": 0, f"limit_pref_{label}": int(label == "v")}
+    plan_of(content)
+    with pytest.raises(ConfigError, match=r"\(labels: energy, forces, virial; counted: none\)"):
+        plan_of(content, dialect="pt")
+
+
+def test_the_plan_names_labels_and_terms_without_effect(tmp_path: Path) -> None:
+    content = shared_input("dpa1strip")
+    ase.io.write(tmp_path / "frames.extxyz", ase.Atoms("Cu2", [[0, 0, 0], [0, 0, 2.5]]))
+    content["training"]["data_dict"]["copper"]["validation_data"]["systems"] = [
+        str(tmp_path / "frames.extxyz")
+    ]
+    content["loss_dict"]["copper"]["limit_pref_v"] = 0
+    lines = {dialect: list(describe_plan(plan_of(content, dialect=dialect))) for dialect in ("pt", "pt_expt")}
+    notes = {dialect: [line for line in own if line.startswith("note")] for dialect, own in lines.items()}
+    of_pt = "note on task copper: the dialect pt leaves out virial: prefactor 0 at the start or at the limit"
+    assert notes["pt_expt"] == [
+        "note on task clusters: no frame has virial, which the loss counts",
+        "note on task copper: no frame for validation has a label",
+    ]
+    assert notes["pt"] == [notes["pt_expt"][0], of_pt, notes["pt_expt"][1]]
+
+
+@pytest.mark.parametrize("kind", ["training_data", "validation_data"])
+def test_elements_that_are_not_in_the_type_map_are_found_at_once(kind: str, tmp_path: Path) -> None:
+    content = shared_input("dpa1strip")
+    frames = [ase.Atoms(symbols, [[0, 0, 0], [0, 0, 2.5]]) for symbols in ("Cu2", "CuFe")]
+    ase.io.write(tmp_path / "frames.extxyz", frames)
+    content["training"]["data_dict"]["copper"][kind]["systems"] = [str(tmp_path / "frames.extxyz")]
+    with pytest.raises(DataError, match="frame 1: has the element Fe, which is not in the type map H, O, Cu"):
+        plan_of(content)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("batch_size", [1, 2, 3], "is [1, 2, 3]; expected a number, or a list of 2, one per system"),
+        ("batch_size", "filter:2", "'filter:2' leaves no frame of "),
+        ("sys_probs", [1], "is [1.0]; expected a list of 2, one per system, none negative and not all 0"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_named(key: str, value: Any, text: str) -> None:
+    content = shared_input("dpa1strip")
+    content["training"]["data_dict"]["copper"]["training_data"][key] = value
+    where = f"training.data_dict.copper.training_data.{key} "
+    with pytest.raises(ConfigError, match=f"^{re.escape(where + text)}"):
         plan_of(content)
 
 

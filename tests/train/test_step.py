@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -157,6 +158,32 @@ def test_missing_labels_have_no_weight() -> None:
     assert labels.energy_weight.all()
     labels = batch_and_labels(plan, 1)[1]
     assert labels.virial_weight.all()
+
+
+def test_terms_are_means_over_the_frames_that_have_the_label() -> None:
+    plan = plan_of(shared_input("dpa1strip"))
+    task = plan.tasks[1]
+    frames = [system.frames[0] for system in task.systems]
+    unlabelled = [replace(frame, energy=None, forces=None, virial=None) for frame in frames]
+    alone, more, none = (
+        make_batch(chosen, task.model, None) for chosen in (frames, frames + unlabelled, unlabelled)
+    )
+    own, padded = (task.config.loss.labels(batch, 0.7) for batch in (alone, more))
+    for name in ("energy_weight", "force_weight", "virial_weight"):
+        weight = getattr(own, name)
+        assert torch.equal(getattr(padded, name)[: len(weight)], weight)
+        assert not getattr(padded, name)[len(weight) :].any()
+        assert not getattr(task.config.loss.labels(none, 0.7), name).any()
+
+
+@pytest.mark.parametrize(("dialect", "counts"), [("pt", False), ("pt_expt", True)])
+@pytest.mark.parametrize("end", ["start", "limit"])
+def test_pt_leaves_out_terms_with_a_prefactor_of_0_at_one_end(dialect: str, counts: bool, end: str) -> None:
+    content = shared_input("dpa1strip")
+    content["loss_dict"]["copper"][f"{end}_pref_v"] = 0
+    labels = batch_and_labels(plan_of(content, dialect=dialect), 1)[1]
+    assert bool(labels.virial_weight.any()) == counts
+    assert labels.energy_weight.all()
 
 
 def test_the_loss_is_that_of_the_formula() -> None:
