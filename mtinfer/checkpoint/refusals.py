@@ -126,7 +126,8 @@ def refusal(head: str, config: Config, entries: Entries, *, trains: bool = False
     entries
         Weights by their key in the file, relative to the head; empty where these are not known.
     trains
-        The head is to be trained, which settles what the configuration leaves to the data.
+        The head is to be trained, which settles what the configuration leaves to the data, and says itself
+        which descriptors it takes.
 
     Returns
     -------
@@ -134,7 +135,7 @@ def refusal(head: str, config: Config, entries: Entries, *, trains: bool = False
         One line that names head and feature; None where nothing stands against the head.
     """
     for text, test in FEATURES:
-        if trains and test is _unsettled_sel:
+        if trains and test in (_unsettled_sel, _descriptor_type):
             continue
         if value := test(config, entries):
             return f"head {head!r} uses {text.format(value)}, which mtinfer does not evaluate"

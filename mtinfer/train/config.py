@@ -122,12 +122,22 @@ def read_config(path: Path) -> TrainConfig:
         The file can't be read, has an unknown key, lacks one, or asks for what is not supported.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
     except OSError as err:
         raise ConfigError(f"{str(path)!r} can't be read: {err.strerror}") from err
     except ValueError as err:
         raise ConfigError(f"{str(path)!r} is not valid JSON: {err}") from err
     return parse_config(content, path)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Section of a JSON file; a key given twice is refused, as the first would be lost, comments apart."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and key[:1] != "_":
+            raise ConfigError(f"the input has the key {key!r} twice in one section; give it once")
+        found[key] = value
+    return found
 
 
 def parse_config(content: object, path: Path) -> TrainConfig:
@@ -147,7 +157,6 @@ def parse_config(content: object, path: Path) -> TrainConfig:
     _check_type_maps(models, links)
     _check_case_embedding(models)
     tasks = _tasks(models, top, training, multitask)
-    without_effect = [f"training.{key}" for key in WITHOUT_EFFECT if key in training]
     return TrainConfig(
         path=path,
         multitask=multitask,
@@ -157,8 +166,24 @@ def parse_config(content: object, path: Path) -> TrainConfig:
         learning_rate=complete(top["learning_rate"], schema.LEARNING_RATE, "learning_rate"),
         optimizer=_optimizer(top["optimizer"]),
         run=_run(training),
-        without_effect=tuple(without_effect),
+        without_effect=tuple(_without_effect(top, training, heads, multitask)),
     )
+
+
+def _without_effect(
+    top: Mapping[str, Any], training: Mapping[str, Any], heads: Mapping[str, Any], multitask: bool
+) -> Iterator[str]:
+    """Yield keys that are given and change no number here; of `validating`, all but the one checked."""
+    sections = {"training": training, "loss": top["loss"] or {}, "validating": top["validating"] or {}}
+    sections |= {f"model_dict.{name}" if multitask else "model": head for name, head in heads.items()}
+    for path in ("loss_dict", "training.data_dict"):
+        entries = _at(path, top, training) or {}
+        sections |= {f"{path}.{name}": entry for name, entry in entries.items() if name in heads}
+    for where, section in sections.items():
+        for key in section:
+            unread = where == "validating" and key != "full_validation" and key[:1] != "_"
+            if unread or key in (*WITHOUT_EFFECT, "data_bias_nsample", "huber_delta"):
+                yield f"{where}.{key}"
 
 
 #: keys of an input for several tasks, and of one for a single task
@@ -326,9 +351,10 @@ def _descriptor(given: Any, where: str, n_types: int, *, within_hybrid: bool = F
     if kind == "hybrid" and not within_hybrid:
         return _hybrid(given, where, n_types)
     if kind not in schema.DESCRIPTORS:
+        supported = [*schema.DESCRIPTORS, *([] if within_hybrid else ["hybrid"])]
         raise ConfigError(
-            f"{where}.type is {kind!r}, which can't be trained{nearest(kind, schema.DESCRIPTORS)}; "
-            f"supported are {', '.join(schema.DESCRIPTORS)}{'' if within_hybrid else ', hybrid'}"
+            f"{where}.type is {kind!r}, which can't be trained{nearest(kind, supported)}; supported are "
+            f"{', '.join(supported)}"
         )
     found = complete({**given, "type": kind}, schema.DESCRIPTORS[kind], where)
     if kind == "dpa3" and found["repflow"]["skip_stat"]:

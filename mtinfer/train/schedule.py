@@ -50,6 +50,11 @@ class Schedule:
         if stop is None:
             stop = _STOP if ratio is None else start * ratio
         stop = float(stop)
+        if stop > start:
+            raise ConfigError(
+                f"learning_rate ends at {stop:g}, above start_lr, which is {start:g}; give a stop_lr of at "
+                "most start_lr"
+            )
         if config["warmup_ratio"] is not None and config["warmup_steps"]:
             raise ConfigError("learning_rate has 'warmup_steps' and 'warmup_ratio'; give one of them")
         ratio = config["warmup_ratio"]

@@ -122,7 +122,11 @@ WRONG: list[tuple[Change, str]] = [
     (_set("model/model_dict/copper/descriptor", "dess"), r"names 'dess'.*did you mean 'desc'"),
     (_set("model/model_dict/copper/descriptor", "desc:2"), r"shares 'desc' at level 2; allowed .* 0 to 1"),
     (_set("model/model_dict/copper/descriptor", "desc:x"), r"a share level is a number"),
-    (_set("model/shared_dict/desc/type", "dpa4"), r"head 'clusters' uses the descriptor 'dpa4'"),
+    (
+        _set("model/shared_dict/desc/type", "se_e2a"),
+        r"^model_dict.clusters.descriptor.type is 'se_e2a', which can't be trained "
+        r"\(did you mean 'se_e2_a'\?\); supported are se_e2_a, se_atten, se_atten_v2, dpa2, dpa3, hybrid$",
+    ),
     (_set("model/shared_dict/desc/sel", "automatic"), r"descriptor.sel is 'automatic'.*'auto:FACTOR'"),
     (_set("model/model_dict/copper/fitting_net", {"type": "dipole"}), r"fitting net of type 'dipole'"),
     (_set("loss_dict/copper/type", "dos"), r"loss_dict.copper.type is 'dos', which is not supported"),
@@ -414,6 +418,9 @@ def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ConfigError, match="is not valid JSON"):
         read_config(path)
+    path.write_text('{"training": {"_comment": 1, "_comment": 2, "seed": 1, "seed": 2}}')
+    with pytest.raises(ConfigError, match="has the key 'seed' twice in one section; give it once"):
+        read_config(path)
     with pytest.raises(ConfigError, match="can't be read"):
         read_config(tmp_path / "other.json")
 
@@ -502,11 +509,28 @@ def test_data_are_found_beside_the_input(tmp_path: Path) -> None:
 
 
 def test_the_plan_says_what_will_be_done() -> None:
-    lines = list(describe_plan(plan_of(shared_input("dpa1strip", fitting=True, disp_file="x"))))
+    content = shared_input("dpa1strip", fitting=True, disp_file="x")
+    content["validating"] = {"_comment": "", "full_validation": False, "save_best": True}
+    content["model"]["model_dict"]["copper"]["data_bias_nsample"] = 5
+    content["loss_dict"]["copper"]["huber_delta"] = 0.1
+    content["training"]["data_dict"]["copper"]["stat_file"] = "x"
+    lines = list(describe_plan(plan_of(content)))
     assert lines[0].startswith("task clusters: se_atten, 6 frames in 3 systems, batch size 1, 6 frames for")
     assert "shared: fitting_net 'fit' by clusters, copper" in lines
     assert "graphs to compile: 1 for 2 tasks" in lines
-    assert "without effect: training.disp_file" in lines
+    assert lines[-1] == (
+        "without effect: training.disp_file, validating.save_best, model_dict.copper.data_bias_nsample, "
+        "loss_dict.copper.huber_delta, training.data_dict.copper.stat_file"
+    )
+
+
+def test_options_of_one_task_without_effect_are_named() -> None:
+    content = _single_task_input()
+    content["model"]["data_bias_nsample"] = 5
+    content["loss"]["huber_delta"] = 0.1
+    content["training"]["stat_file"] = "x"
+    names = ("training.stat_file", "loss.huber_delta", "model.data_bias_nsample")
+    assert config_of(content).without_effect == names
 
 
 def test_epochs_set_probabilities_and_steps() -> None:
