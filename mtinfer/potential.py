@@ -24,14 +24,14 @@ from .errors import MtinferError, StructureError, UnsupportedModelError, nearest
 from .graph import CompileMode, SharedGraph
 from .heads import HeadState, head_states
 from .inputs import GraphInputs, Prediction
-from .models import edge_gradients, forces_and_virial
+from .models import EnergyModel, edge_gradients, forces_and_virial
 from .models.layout import Layout, Selection
 from .models.tabulated import covers
 from .neighbors import Candidates, find_candidates, graph_inputs
 from .parameters import aparam_of, charge_spin_of, fparam_of
 from .value_graphs import ValueGraphs
 
-__all__ = ["Potential", "PredictionWarning", "load", "usable_device"]
+__all__ = ["Potential", "PredictionWarning", "load", "truncation", "usable_device"]
 
 _DTYPES: dict[str, Precision] = {
     "float32": "float32",
@@ -302,10 +302,9 @@ class Potential:
     def _layouts(self, inputs: GraphInputs, state: HeadState) -> list[Layout]:
         layouts, n_truncated = state.model.layouts(inputs)
         if n_truncated:
-            limits = _limits(state.model.descriptor.selection, state.model.rcut)
+            text = truncation(n_truncated, inputs.n_atoms, state.name, state.model)
             self._warn(
-                f"{n_truncated} of {inputs.n_atoms} atoms have more neighbours than head {state.name!r} "
-                f"keeps ({limits}); the nearest are used, as in training, and the energy is not smooth there",
+                f"{text}; the nearest are used, as in training, and the energy is not smooth there",
                 key=f"truncated {state.name}",
             )
         return layouts
@@ -508,6 +507,12 @@ def _not_finite(inputs: GraphInputs) -> str:
         apart = f"{float(distances[pair]):.3g} Å"
         text += f"; the closest atoms, {a} and {b} of structure {int(frame)}, are {apart} apart"
     return f"{text}: check the step before this structure"
+
+
+def truncation(n_truncated: int, n_atoms: int, head: str, model: EnergyModel) -> str:
+    """Say how many atoms have more neighbours than a head keeps."""
+    limits = _limits(model.descriptor.selection, model.rcut)
+    return f"{n_truncated} of {n_atoms} atoms have more neighbours than head {head!r} keeps ({limits})"
 
 
 def _limits(selection: Selection, rcut: float) -> str:

@@ -7,6 +7,7 @@ import itertools
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..graph import CompileMode
+from ..potential import PredictionWarning, truncation
+from .batch import Batch
 from .curves import CURVE, LearningCurve, picture_name, plot_curve
 from .loss import Errors
 from .optimizer import Optimizer
@@ -93,6 +96,8 @@ class Trainer:
             self.optimizer.load_state_dict(state.optimizer)
         self.ema = self._ema(state.ema)
         self._observed = state.observed
+        #: tasks whose neighbours were found to be too many
+        self._warned: set[str] = set()
         self._errors = [Errors(*found) for found in state.errors]
 
     # ---- start ---------------------------------------------------------------------------------------
@@ -229,7 +234,7 @@ class Trainer:
                         (k, task) for k, task in enumerate(self.plan.tasks) if self.steps[task.name] is step
                     )
                     system = task.systems[0]
-                    batch = self._batches(k, 0, system, next(_in_order(system, 1))).to(self.device)
+                    batch = self._batch(k, 0, system, next(_in_order(system, 1)))
                     step(batch, task.config.loss.labels(batch, 1.0), self.weights[task.name])
             self.ranks.wait()
 
@@ -238,7 +243,7 @@ class Trainer:
         lr = self.plan.schedule(self.step)
         k, index, chosen = self.sampler.draw(self.step)
         task = self.plan.tasks[k]
-        batch = self._batches(k, index, task.systems[index], chosen).to(self.device)
+        batch = self._batch(k, index, task.systems[index], chosen)
         labels = task.config.loss.labels(batch, lr / self.plan.schedule.start)
         result = self.steps[task.name](batch, labels, self.weights[task.name])
         names = sorted(self._trained[task.name])
@@ -253,6 +258,19 @@ class Trainer:
         self._update(dict(zip(labels_of, gradients, strict=True)), lr)
         self.step += 1
         return lr
+
+    def _batch(self, k: int, index: int, system: System, chosen: tuple[int, ...]) -> Batch:
+        """Batch on the device of the run; warns once per task of neighbours that are left out."""
+        task, batch = self.plan.tasks[k], self._batches(k, index, system, chosen)
+        if batch.n_truncated and self.ranks.is_first and task.name not in self._warned:
+            self._warned.add(task.name)
+            text = truncation(batch.n_truncated, len(batch.frames), task.name, task.model)
+            warnings.warn(
+                f"{text}; the nearest are used, and the energy is not smooth there; raise the neighbour counts",
+                PredictionWarning,
+                stacklevel=2,
+            )
+        return batch.to(self.device)
 
     def _update(self, gradients: dict[str, Tensor], lr: float) -> None:
         run = self.plan.config.run
@@ -295,7 +313,7 @@ class Trainer:
         for n in range(first, first + n_batches):
             index, system, chosen = batches[n % len(batches)]
             # validation systems are numbered on from the training systems
-            batch = self._batches(k, len(task.systems) + index, system, chosen).to(self.device)
+            batch = self._batch(k, len(task.systems) + index, system, chosen)
             result = self.steps[task.name](
                 batch, task.config.loss.labels(batch, 1.0), self.weights[task.name]
             )

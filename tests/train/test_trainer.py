@@ -18,6 +18,7 @@ from tiny_inputs import DESCRIPTORS, SYSTEMS, plan_of, shared_input
 import mtinfer
 from mtinfer.checkpoint.load import read
 from mtinfer.errors import CheckpointError, OutputError, TrainingError
+from mtinfer.potential import PredictionWarning
 from mtinfer.train.sampling import Batches
 from mtinfer.train.starting import Start
 from mtinfer.train.trainer import Trainer
@@ -222,6 +223,17 @@ def test_learning_curve_has_a_row_and_a_picture_for_every_task(tmp_path: Path) -
     assert all(float(row["rmse_force_valid"]) > 0 for row in found)
     assert not any(row["rmse_virial_valid"] for row in found if row["task"] == "clusters")
     assert (tmp_path / "lcurve-copper.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_neighbours_beyond_the_counts_are_warned_of_once_a_task(tmp_path: Path) -> None:
+    given = shared_input("dpa1strip")
+    given["model"]["shared_dict"]["desc"]["sel"] = 12
+    trainer = Trainer(plan_of(given, dialect="pt"), tmp_path, mode="off")
+    with pytest.warns(PredictionWarning) as caught:
+        trainer.run()
+    text = "atoms have more neighbours than head 'copper' keeps (12 within 3.5 Å); the nearest are used"
+    assert [text in str(warning.message) for warning in caught] == [True]
 
 
 def test_names_of_heads_are_no_paths(tmp_path: Path) -> None:
