@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,13 @@ from torch import Tensor
 from ..checkpoint.dialects import canonical_name
 from ..checkpoint.heads import DEFAULT_HEAD
 from ..checkpoint.load import check_weights, read
-from ..checkpoint.records import Checkpoint
+from ..checkpoint.records import Checkpoint, HeadRecord
+from ..descriptor_kinds import kind_of
 from ..errors import CheckpointError
-from .plan import Plan
+from ..models import EnergyModel
+from .plan import Plan, Task
 from .saving import OWN_ENTRY, RunState
+from .schema import NEIGHBOR_COUNTS
 from .statistics import energy_bias
 from .weights import AllWeights, Owners, trained_labels
 
@@ -25,6 +29,17 @@ __all__ = ["Start", "finetuned", "resumed", "shifted_bias"]
 
 #: entries of a head that decide what its weights mean and which of them are trained
 _FIXED = ("type_map", "descriptor", "fitting_net", "pair_exclude_types", "atom_exclude_types")
+#: keys of a descriptor that fine-tuning may change: neighbour counts, and what is no part of its formula
+_FREE = {key for counts in NEIGHBOR_COUNTS.values() for _, key, _ in counts} | {
+    "precision",
+    "trainable",
+    "trainable_ln",
+    "set_davg_zero",
+    "fix_stat_std",
+    "skip_stat",
+    "update_residual",
+    "update_residual_init",
+}
 
 
 @dataclass(frozen=True)
@@ -157,7 +172,8 @@ def finetuned(path: Path, head: str | None, plan: Plan, weights: AllWeights) -> 
     CheckpointError
         The descriptor or the type map of a task is another than that of the head.
     """
-    record = read(path).head(head)
+    checkpoint = read(path)
+    record = checkpoint.head(head)
     for task in plan.tasks:
         own = weights[task.name]
         if tuple(record.config["type_map"]) != task.model.type_map:
@@ -165,6 +181,7 @@ def finetuned(path: Path, head: str | None, plan: Plan, weights: AllWeights) -> 
                 f"head {record.name!r} has the type map {', '.join(record.config['type_map'])}; task "
                 f"{task.name!r} has {', '.join(task.model.type_map)}, and they must be the same"
             )
+        _check_descriptor(record, checkpoint.dialect, task, plan.dialect)
         other = {n: _on_slots(n, tensor, own[n]) for n, tensor in record.weights.items() if n in own}
         for name in own:
             fits = name in other and other[name].shape == own[name].shape
@@ -187,6 +204,36 @@ def finetuned(path: Path, head: str | None, plan: Plan, weights: AllWeights) -> 
     for name_of_head, own in weights.items():
         for name in own:
             own[name] = weights[owners(name_of_head, name)][name]
+
+
+def _check_descriptor(record: HeadRecord, source: str, task: Task, dialect: str) -> None:
+    """Refuse a descriptor with another formula; warn of one that has another in the dialect of its file."""
+    given = task.config.model["descriptor"]
+    stored = _with_free(record.config["descriptor"], given)
+    config = task.config.model | {"descriptor": stored}
+    before = EnergyModel.from_config(config, source, graph_lower_disabled=record.graph_lower_disabled)
+    if EnergyModel.from_config(config, dialect).descriptor != task.model.descriptor:
+        change = next(_changes(stored, given, f"{task.name}.descriptor"), "their descriptors differ")
+        raise CheckpointError(
+            f"task {task.name!r} can't start from head {record.name!r}: {change}; give it the descriptor of "
+            "the head, of which the neighbour counts alone may differ"
+        )
+    if before.descriptor != task.model.descriptor:
+        warnings.warn(
+            f"head {record.name!r} is of the dialect {source}, and goes on as {dialect}, which selects other "
+            f"neighbours; --dialect {source} keeps them",
+            stacklevel=2,
+        )
+
+
+def _with_free(stored: Any, given: Any) -> Any:
+    """Return a stored descriptor with what may differ as it is given."""
+    if isinstance(stored, dict) and isinstance(given, dict) and kind_of(stored) == kind_of(given):
+        taken = {key: given[key] for key in _FREE & given.keys()}
+        return {key: _with_free(value, given.get(key)) for key, value in stored.items()} | taken
+    if isinstance(stored, list) and isinstance(given, list) and len(stored) == len(given):
+        return [_with_free(*pair) for pair in zip(stored, given, strict=True)]
+    return stored
 
 
 def _on_slots(name: str, given: Tensor, wanted: Tensor) -> Tensor:

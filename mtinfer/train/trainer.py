@@ -266,7 +266,7 @@ class Trainer:
             self._warned.add(task.name)
             text = truncation(batch.n_truncated, len(batch.frames), task.name, task.model)
             warnings.warn(
-                f"{text}; the nearest are used, and the energy is not smooth there; raise the neighbour counts",
+                f"{text}; the nearest are used, and the energy is not smooth there; raise the counts",
                 PredictionWarning,
                 stacklevel=2,
             )

@@ -373,8 +373,56 @@ def test_fine_tuning_starts_from_a_head(tmp_path: Path) -> None:
         assert torch.equal(wider[name], source.weights["copper"][name][:, :1].expand(-1, 40, -1))
     other["model"]["shared_dict"]["desc"]["axis_neuron"] = 3
     other["model"]["shared_dict"]["desc"]["neuron"] = [4, 6]
-    with pytest.raises(CheckpointError, match="their descriptors differ in"):
+    with pytest.raises(
+        CheckpointError, match=r"clusters.descriptor.axis_neuron was 2, and is 3 in the input"
+    ):
         Trainer(plan_of(other), tmp_path, start=start, mode="off")
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "text"),
+    [
+        ("dpa1strip", "rcut", 3.0, "rcut was 3.5, and is 3.0"),
+        ("dpa1strip", "rcut_smth", 0.6, "rcut_smth was 0.5, and is 0.6"),
+        ("dpa1strip", "activation_function", "gelu", "activation_function was 'tanh', and is 'gelu'"),
+        ("dpa1strip", "exclude_types", [[0, 1]], "exclude_types was [], and is [[0, 1]]"),
+        ("dpa3", "repflow/a_rcut", 2.4, "repflow.a_rcut was 2.5, and is 2.4"),
+        ("hybrid", "list/1/rcut", 2.6, "list[1].rcut was 2.5, and is 2.6"),
+        ("dpa1strip", "sel", 40, None),
+        ("dpa1strip", "trainable", False, None),
+        ("dpa1strip", "precision", "float32", None),
+        ("dpa3", "repflow/e_sel", 40, None),
+        ("hybrid", "list/1/sel", 40, None),
+    ],
+)
+def test_fine_tuning_keeps_the_formula_of_the_descriptor(
+    tmp_path: Path, kind: str, key: str, value: Any, text: str | None
+) -> None:
+    given = shared_input(kind, numb_steps=1)
+    Trainer(plan_of(given), tmp_path / "a", mode="off").run()
+    start = Start(finetune=tmp_path / "a" / "model.ckpt.pt", head="copper")
+    *parents, last = key.split("/")
+    section = given["model"]["shared_dict"]["desc"]
+    for parent in parents:
+        section = section[int(parent) if parent.isdecimal() else parent]
+    section[last] = value
+    if text is None:
+        Trainer(plan_of(given), tmp_path / "b", start=start, mode="off")
+        return
+    with pytest.raises(CheckpointError) as caught:
+        Trainer(plan_of(given), tmp_path / "b", start=start, mode="off")
+    said = f"task 'clusters' can't start from head 'copper': clusters.descriptor.{text} in the input; give it"
+    assert str(caught.value).startswith(said)
+
+
+def test_fine_tuning_as_another_dialect_is_warned_of(tmp_path: Path) -> None:
+    given = shared_input("dpa1", numb_steps=1)
+    Trainer(plan_of(given, dialect="pt"), tmp_path / "a", mode="off").run()
+    start = Start(finetune=tmp_path / "a" / "model.ckpt.pt", head="copper")
+    with pytest.warns(UserWarning, match="is of the dialect pt, and goes on as pt_expt, .*; --dialect pt"):
+        Trainer(plan_of(given), tmp_path / "b", start=start, mode="off")
+    Trainer(plan_of(given, dialect="pt"), tmp_path / "c", start=start, mode="off")
 
 
 def test_another_checkpoint_can_not_be_resumed(tmp_path: Path) -> None:
