@@ -128,8 +128,8 @@ def _task(config: TaskConfig, systems: list[System], folder: Path, dialect: str)
 def _labels(systems: Sequence[System]) -> list[str]:
     """Labels that any frame has."""
     frames = [frame for system in systems for frame in system.frames]
-    values = ([f.energy for f in frames], [f.forces for f in frames], [f.comparable_virial for f in frames])
-    return [n for n, own in zip(LABELS, values, strict=True) if any(value is not None for value in own)]
+    has = [[x is not None for x in (f.energy, f.forces, f.comparable_virial)] for f in frames]
+    return [name for name, of_frames in zip(LABELS, zip(*has, strict=True), strict=True) if any(of_frames)]
 
 
 def _notes(task: Task, given: LossConfig) -> Iterator[str]:
