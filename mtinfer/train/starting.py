@@ -213,10 +213,11 @@ def _check_descriptor(record: HeadRecord, source: str, task: Task, dialect: str)
     config = task.config.model | {"descriptor": stored}
     before = EnergyModel.from_config(config, source, graph_lower_disabled=record.graph_lower_disabled)
     if EnergyModel.from_config(config, dialect).descriptor != task.model.descriptor:
-        change = next(_changes(stored, given, f"{task.name}.descriptor"), "their descriptors differ")
+        # what the file leaves to a default may well be the same, so that it comes last
+        changes = sorted(_changes(stored, given, f"{task.name}.descriptor"), key=lambda c: " was None, " in c)
         raise CheckpointError(
-            f"task {task.name!r} can't start from head {record.name!r}: {change}; give it the descriptor of "
-            "the head, of which the neighbour counts alone may differ"
+            f"task {task.name!r} can't start from head {record.name!r}: {changes[0]}; give it the descriptor "
+            "of the head, of which the neighbour counts alone may differ"
         )
     if before.descriptor != task.model.descriptor:
         warnings.warn(
