@@ -82,7 +82,11 @@ def info(file: Path, as_json: bool) -> None:
     help="Output file  [default: beside CHECKPOINT: NAME.safetensors, NAME-pt.pt, NAME-pt_expt.pt].",
 )
 @click.option("--head", "heads", multiple=True, help="Head to keep (repeat for several)  [default: all].")
-@click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Store networks in this precision.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float64"]),
+    help="Store networks in this precision (safetensors).",
+)
 @click.option(
     "--to",
     "target_format",

@@ -1,4 +1,4 @@
-"""One compiled graph for all heads of an architecture; with `cpu_code` the only files that know the compiler.
+"""One compiled graph for all heads of an architecture; this and `cpu_code` alone know the compiler.
 
 A graph is a function of tensors: data first, then weights. It is traced once with symbolic data axes and
 fixed weight shapes, compiled once, and kept on disk, so that it serves every head, every structure size and

@@ -18,7 +18,7 @@ from mtinfer.models.layout import Argument
 
 #: columns: part of a vector, whole vectors, panels of one, two and three vectors, several panels
 WIDTHS = (2, 7, 12, 16, 27, 50, 100)
-ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 11, 23, 50, 700)
+ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 23, 35, 50, 700)
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +170,19 @@ def test_sums(dtype: torch.dtype, normal: Normal) -> None:
     assert graph.is_compiled
     assert counters["inductor"]["cpp_templated_kernel_counter"] == 4 * len(WIDTHS) + 3
     require_thread_independent(graph, data, [scale])
+
+
+def test_rows_by_index(dtype: torch.dtype, normal: Normal) -> None:
+    def rows(x: Tensor, first: Tensor, second: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        table = torch.exp(x * w)
+        return table[first] + table.index_select(0, second), w[second % 2], x[:, first % 5]
+
+    index = Argument(("entries",), torch.int64)
+    graph = SharedGraph(rows, "rows", (Argument(("rows", 5), dtype), index, index), [normal(5)], "wait")
+    for n_entries, n_rows in [(50, 7), (0, 3), (1, 1), (3, 700)]:
+        first = torch.arange(n_entries) * (n_rows - 1) // max(1, n_entries - 1)  # to the last row
+        require_equal(graph, (normal(n_rows, 5), first, first.flip(0)), [normal(5)])
+    assert graph.is_compiled
 
 
 def test_functions() -> None:
