@@ -44,8 +44,9 @@ class LoadedGraph:
             tempfile.TemporaryDirectory(prefix="mtinfer-", ignore_cleanup_errors=True) as folder,
             zipfile.ZipFile(package) as archive,
         ):
-            (library,) = (name for name in archive.namelist() if name.endswith(".so"))
-            self._graph = aoti.AOTIModelContainerRunnerCpu(archive.extract(library, folder), 1)
+            archive.extractall(folder)  # beside the library stand the operators that it calls by name
+            (library,) = Path(folder).rglob("*.so")
+            self._graph = aoti.AOTIModelContainerRunnerCpu(str(library), 1)
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         return tuple(self._graph.run([argument.contiguous() for argument in arguments]))
