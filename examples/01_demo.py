@@ -52,7 +52,7 @@ def molecular_dynamics(model: Path, n_steps: int = 100) -> None:
             dynamics.run(20)
             took = 1e3 * (time.perf_counter() - began) / 20
             compiled = calculator.potential.graphs[0].is_compiled
-            how = "compiled" if compiled else "eager: once on a machine, the graph is compiled meanwhile"
+            how = "compiled" if compiled else "eager while the graph is compiled, once on a machine"
             print(f"            {took:.1f} ms per step ({how})")
     for head in ("clusters", "water"):
         began = time.perf_counter()
