@@ -46,10 +46,10 @@ class DataConfig:
     batch_size: int | tuple[int, ...] | str
     auto_prob: str
     sys_probs: tuple[float, ...] | None
+    #: path of the section in the input, for error texts
+    where: str
     #: batches per validation
     n_batches: int = 1
-    #: path of the section in the input, for error texts
-    where: str = "training_data"
 
 
 @dataclass(frozen=True)

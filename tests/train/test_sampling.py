@@ -73,7 +73,7 @@ def test_systems_are_weighted() -> None:
     systems = plan_of(shared_input("dpa1strip")).tasks[1].systems
 
     def probabilities(auto_prob: str, sys_probs: tuple[float, ...] | None = None) -> list[float]:
-        config = DataConfig(("",), 1, auto_prob, sys_probs)
+        config = DataConfig(("",), 1, auto_prob, sys_probs, "training_data")
         return system_probabilities(config, systems).tolist()
 
     n_batches = [system.n_batches for system in systems]
