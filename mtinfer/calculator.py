@@ -16,6 +16,7 @@ from ase.calculators.calculator import (
     all_changes,
 )
 from ase.data import chemical_symbols
+from ase.outputs import Properties, all_outputs
 
 from .errors import MtinferError, nearest
 from .graph import CompileMode
@@ -154,6 +155,10 @@ class MTCalculator(Calculator):
                 f"stress needs a periodic structure with a volume; got pbc={structure.pbc.tolist()} and "
                 f'cell {structure.cell.tolist()} (results["virial"] holds the virial)'
             )
+
+    def export_properties(self) -> Properties:
+        """Results that ASE has a name for: all but the virial."""
+        return Properties({name: value for name, value in self.results.items() if name in all_outputs})
 
     def check_state(self, atoms: ase.Atoms, tol: float = 1e-15) -> list[str]:
         """Changes since the last calculation, those of the parameters of a structure included."""

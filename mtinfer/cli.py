@@ -112,7 +112,7 @@ def convert(
     from .checkpoint.archive import write
     from .checkpoint.describe import file_size
     from .checkpoint.load import read
-    from .heads import check_heads
+    from .heads import checked
 
     if dtype is not None and target_format != "safetensors":
         raise click.UsageError("--dtype goes with --to safetensors; a checkpoint keeps its precision")
@@ -121,8 +121,7 @@ def convert(
         raise click.UsageError(
             f"{output} would hold a {target_format} file; choose another ending, or another format with --to"
         )
-    source = read(checkpoint)
-    check_heads(source)
+    source = checked(read(checkpoint))
     if target_format == "safetensors":
         target = output or checkpoint.with_suffix(".safetensors")
         written = write(source, target, heads=heads or None, dtype=dtype, force=force)

@@ -1,7 +1,7 @@
 """What `mtinfer.graph` changes in the code that Inductor writes for processors (torch 2.13).
 
 No option of Inductor does any of this: its transposed tiles are switched off, since they give wrong numbers;
-tanh of doubles and, on x86, sigmoid of floats are shorter; products are written out, since MKL is slow in
+exp, sigmoid and tanh are shorter; products are written out, since MKL is slow in
 small ones (by up to a factor of three on processors that are not Intel's); so are the operators of
 `mtinfer.models.gather`, which are calls of Python otherwise; indices are not checked.
 """
@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +32,7 @@ __all__ = ["cpu_code"]
 
 @contextlib.contextmanager
 def cpu_code() -> Iterator[None]:
-    """Have Inductor's CPU code as described above while this lasts."""
+    """Have Inductor's CPU code as described above while this lasts, in this thread alone."""
     with _without_transposed_tiles(), _with_short_functions(), _with_own_products(), _with_own_operators():
         yield
 
@@ -47,71 +50,156 @@ def _without_transposed_tiles() -> Iterator[None]:
         factors, axes, *rest = select(self, *arguments)
         return (factors[-1:], axes[-1:], *rest)
 
-    with patch.object(TilingSelect, "select_tiling", along_the_last_axis):
+    with patch.object(TilingSelect, "select_tiling", _here(along_the_last_axis, select)):
         yield
 
 
-#: tanh of a vector of doubles x, within a few ulp, in less time than by way of exp. It is a ratio p/q, first
-#: of y = x/64 by the Padé approximant [7/6] (Abramowitz and Stegun 4.5.70, cut off), then of 2y, 4y, … x:
-#: tanh 2y = 2pq/(p² + q²), which does not enlarge relative errors. Beyond 19.1 it is 1 to the last digit.
-_TANH = """[](const auto& x) C10_ALWAYS_INLINE_ATTRIBUTE {{
-    using V = std::decay_t<decltype(x)>;
-    const auto y = at::vec::clamp(x, V(-19.1), V(19.1)) * V(1.0 / 64.0);
-    const auto z = y * y;
-    auto p = at::vec::fmadd(z, V(1.0 / 135135.0), V(378.0 / 135135.0));
-    p = at::vec::fmadd(z, p, V(17325.0 / 135135.0));
-    p = y * at::vec::fmadd(z, p, V(1.0));
-    auto q = at::vec::fmadd(z, V(28.0 / 135135.0), V(3150.0 / 135135.0));
-    q = at::vec::fmadd(z, q, V(62370.0 / 135135.0));
-    q = at::vec::fmadd(z, q, V(1.0));
-    for (int k = 0; k < 6; ++k) {{
-        const auto pq = p * q;
-        q = at::vec::fmadd(q, q, p * p);
-        p = pq + pq;
-    }}
-    return p / q;
-}}({})"""
+def _here(own: Callable[..., Any], usual: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that is `own` in this thread, and `usual` in all others."""
+    thread = threading.get_ident()
+
+    @functools.wraps(usual)
+    def chosen(*arguments: Any, **keywords: Any) -> Any:
+        return (own if threading.get_ident() == thread else usual)(*arguments, **keywords)
+
+    return chosen
 
 
-#: sigmoid of a vector of floats x, within a few ulp, and in line: torch's is a call, around which the vectors
-#: of a loop are stored. It is 1/(1 + 2ⁿ exp r) with -x = n ln 2 + r, |r| <= ln 2 / 2 (Cody and Waite's two
-#: constants for ln 2), and Taylor's polynomial of degree 7, whose error is 5e-9. Below -88 it stays at 6e-39.
-_SIGMOID = """[](const auto& x) C10_ALWAYS_INLINE_ATTRIBUTE {{
-    using V = std::decay_t<decltype(x)>;
-    using I = at::vec::Vectorized<int32_t>;
-    const auto y = at::vec::clamp(x.neg(), V(-87.0f), V(88.0f));
-    const auto n = (y * V(1.44269504f)).round();
-    const auto r = at::vec::fmadd(n, V(2.12194440e-4f), at::vec::fmadd(n, V(-0.693359375f), y));
-    auto p = at::vec::fmadd(r, V(1.0f / 5040.0f), V(1.0f / 720.0f));
-    p = at::vec::fmadd(r, p, V(1.0f / 120.0f));
-    p = at::vec::fmadd(r, p, V(1.0f / 24.0f));
-    p = at::vec::fmadd(r, p, V(1.0f / 6.0f));
-    p = at::vec::fmadd(r, p, V(0.5f));
-    p = at::vec::fmadd(r, p, V(1.0f));
-    p = at::vec::fmadd(r, p, V(1.0f));
-    const auto exponent = at::vec::convert_to_int_of_same_size(n) + I(127);
-    return V(1.0f) / at::vec::fmadd(p, at::vec::cast<float>(exponent << I(23)), V(1.0f));
-}}({})"""
+@contextlib.contextmanager
+def _with_own_lowerings(own: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    # nobody else has operators of this package
+    chosen = {op: _here(f, lowerings[op]) if op in lowerings else f for op, f in own.items()}
+    with patch.dict(lowerings, chosen):
+        yield
+
+
+#: a function of 2ᵗ with t = x `rate`, for a vector of numbers x, in line: torch's are calls, around which
+#: the vectors of a loop are stored. 2ᵗ = s (1 + p) with s = 2ⁿ, t = n + f and |f| <= 1/2. A sum with `shift`
+#: rounds t to n, and its last bits are the exponent of s; `rest` is what `rate` lacks. No difference cancels,
+#: so that small values of tanh keep their relative precision
+_OF_POWER = """[](const auto& all) C10_ALWAYS_INLINE_ATTRIBUTE {{
+    const auto function = [](const auto& x) C10_ALWAYS_INLINE_ATTRIBUTE {{
+        using V = std::decay_t<decltype(x)>;
+        using I = at::vec::Vectorized<{integer}>;
+        const auto y = at::vec::clamp(x, V({least}), V({most}));
+        const auto m = at::vec::fmadd(y, V({rate}), V({shift}));
+        const auto s = at::vec::cast<{scalar}>(at::vec::cast<{integer}>(m) << I({digits}));
+        const auto f = at::vec::fmadd(y, V({rest}), at::vec::fmsub(y, V({rate}), m - V({shift})));
+        const auto z = f * f;
+        const auto p = at::vec::fmadd(z, {odd}, f * {even});
+        return {result};
+    }};
+    // Inductor's vectors may be several of the processor's
+    if constexpr (requires {{ all.unary_op(function); }}) return all.unary_op(function);
+    else return function(all);
+}}({x})"""
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A binary format of numbers, and what `_OF_POWER` needs for it."""
+
+    scalar: str
+    #: of the same size
+    integer: str
+    #: stored digits of a number, and what is added to its exponent
+    digits: int
+    bias: int
+    #: 1/ln 2, and what the first lacks
+    log2e: tuple[float, float]
+    #: of (2ᶠ - 1)/f by powers of f, from its values at Chebyshev's points; relative error 1.2e-8 or 2e-17
+    coefficients: tuple[float, ...]
+
+    def code(self, x: Any, result: str, *, factor: float, least: float, most: float) -> str:
+        """Code of `result`, a function of p and s, where t = `factor` x/ln 2 and x is cut to a range."""
+        rate, rest = (factor * part for part in self.log2e)
+        return _OF_POWER.format(
+            x=x,
+            result=result,
+            scalar=self.scalar,
+            integer=self.integer,
+            digits=self.digits,
+            least=least,
+            most=most,
+            rate=rate,
+            rest=rest,
+            shift=1.5 * 2.0**self.digits + self.bias,
+            even=_polynomial(self.coefficients[0::2]),
+            odd=_polynomial(self.coefficients[1::2]),
+        )
+
+
+def _polynomial(coefficients: Sequence[float]) -> str:
+    *lower, highest = (f"V({coefficient})" for coefficient in coefficients)
+    return functools.reduce(lambda text, c: f"at::vec::fmadd(z, {text}, {c})", reversed(lower), highest)
+
+
+_FORMATS = {
+    torch.float32: _Format(
+        "float",
+        "int32_t",
+        digits=23,
+        bias=127,
+        log2e=(1.4426950216293335, 1.925963033500547e-08),
+        coefficients=(0.6931472, 0.2402265, 0.05550357, 0.009618083, 0.0013390863, 0.00015453163),
+    ),
+    torch.float64: _Format(
+        "double",
+        "int64_t",
+        digits=52,
+        bias=1023,
+        log2e=(1.4426950408889634, 2.0355273740931033e-17),
+        coefficients=(
+            0.6931471805599453,
+            0.24022650695910097,
+            0.0555041086648216,
+            0.009618129107606888,
+            0.0013333558146416936,
+            0.0001540353044173605,
+            1.525273382983612e-05,
+            1.321544258792169e-06,
+            1.0178062445844774e-07,
+            7.072585949269223e-09,
+            4.4549605981865186e-10,
+        ),
+    ),
+}
+
+
+def _exp(x: Any, form: _Format) -> str:
+    # the exponent of s may be the lowest, which makes it zero, or the highest, infinity
+    least, most = -form.bias * math.log(2.0), (form.bias + 1) * math.log(2.0)
+    return form.code(x, "s * (V(1) + p)", factor=1.0, least=least, most=most)
+
+
+def _sigmoid(x: Any, form: _Format) -> str:
+    most = (form.bias - 2) * math.log(2.0)  # it stays a normal number
+    return form.code(x, "V(1) / at::vec::fmadd(s, p, V(1) + s)", factor=-1.0, least=-most, most=most)
+
+
+def _tanh(x: Any, form: _Format) -> str:
+    most = 0.5 * (form.digits + 4) * math.log(2.0)  # 1 to the last digit
+    result = "at::vec::fmadd(s, p, s - V(1)) / at::vec::fmadd(s, p, s + V(1))"
+    return form.code(x, result, factor=2.0, least=-most, most=most)
 
 
 @contextlib.contextmanager
 def _with_short_functions() -> Iterator[None]:
-    """Have Inductor's CPU code evaluate tanh of doubles by `_TANH`, sigmoid of floats by `_SIGMOID`.
+    """Have Inductor's CPU code evaluate exp, sigmoid and tanh by `_OF_POWER`, on x86, where it was tried."""
+    if not _has_avx():
+        yield
+        return
 
-    The latter on x86 only: it handles the bits of a vector.
-    """
-    usual_tanh, usual_sigmoid = CppVecOverrides.tanh, CppVecOverrides.sigmoid
-    has_avx = _has_avx()
+    def own(name: str, code: Callable[[Any, _Format], str]) -> Any:
+        usual = getattr(CppVecOverrides, name)
 
-    def tanh(x: Any) -> str:
-        return _TANH.format(x) if x.dtype == torch.float64 else str(usual_tanh(x))  # type: ignore[no-untyped-call]
+        def function(x: Any) -> Any:
+            return code(x, _FORMATS[x.dtype]) if x.dtype in _FORMATS else usual(x)
 
-    def sigmoid(x: Any) -> str:
-        if has_avx and x.dtype == torch.float32:
-            return _SIGMOID.format(x)
-        return str(usual_sigmoid(x))  # type: ignore[no-untyped-call]
+        return staticmethod(_here(function, usual))
 
-    with patch.multiple(CppVecOverrides, tanh=staticmethod(tanh), sigmoid=staticmethod(sigmoid)):
+    functions = {"exp": _exp, "sigmoid": _sigmoid, "tanh": _tanh}
+    with patch.multiple(CppVecOverrides, **{name: own(name, code) for name, code in functions.items()}):
         yield
 
 
@@ -145,12 +233,12 @@ def _with_own_products() -> Iterator[None]:
             return usual[aten.addmm.default](bias, left, right, **factors)
         return lowerings[aten.add.Tensor](_product(left, right), bias)
 
-    own = {
+    own: dict[Any, Callable[..., Any]] = {
         aten.mm.default: functools.partial(product, op=aten.mm.default),
         aten.bmm.default: functools.partial(product, op=aten.bmm.default),
         aten.addmm.default: sum_of_product,
     }
-    with patch.dict(lowerings, own):
+    with _with_own_lowerings(own):
         yield
 
 
@@ -263,13 +351,13 @@ def _with_own_operators() -> Iterator[None]:
         size, rows, _ = index_impl_helper(x, indices, check=False, wrap_neg=False)
         return ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=rows, ranges=size)
 
-    own = {
+    own: dict[Any, Callable[..., Any]] = {
         torch.ops.aten.index.Tensor: index,
         operators.settled.default: settled,
         operators.segment_sum.default: segment_sum,
         operators.moment.default: moment,
     }
-    with patch.dict(lowerings, own):
+    with _with_own_lowerings(own):
         yield
 
 

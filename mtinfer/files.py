@@ -10,15 +10,21 @@ from pathlib import Path
 from .errors import OutputError
 
 
-def check_output(path: str | Path, *, suffixes: Sequence[str] = ()) -> None:
+def check_output(
+    path: str | Path, *, suffixes: Sequence[str] = (), source: Path | None = None, force: bool = True
+) -> None:
     """Raise an OutputError if `path` can't be written; to be called before long work.
 
     Parameters
     ----------
     path
-        File to be written; an existing one may be replaced.
+        File to be written.
     suffixes
         Endings that the name may have, in lower case; none means any.
+    source
+        File that is read for it, which is never replaced.
+    force
+        Whether an existing file may be replaced.
     """
     path = Path(path)
     if suffixes and path.suffix.lower() not in suffixes:
@@ -29,6 +35,10 @@ def check_output(path: str | Path, *, suffixes: Sequence[str] = ()) -> None:
         raise OutputError(f"{path}: exists and is not a regular file; choose another path")
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"{path}: folder {path.parent} is not writable; choose another path")
+    if source is not None and path.exists() and source.exists() and path.samefile(source):
+        raise OutputError(f"{path}: is the file to convert and is not replaced; choose another path")
+    if path.exists() and not force:
+        raise OutputError(f"{path}: exists and is kept; choose another path or pass --force")
 
 
 def check_distinct(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:

@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -27,15 +27,15 @@ from .graph_store import GraphStore, cache_directory, graph_key
 from .loaded_graph import LoadedGraph, require_loadable
 from .models.layout import Argument
 
-__all__ = ["CompileMode", "GraphWarning", "SharedGraph", "signed", "trace"]
+__all__ = ["Answers", "CompileMode", "GraphWarning", "SharedGraph", "signed", "trace"]
 
 #: "off": eager. "stored": a graph that is stored already, else eager. "wait": compiled from the first call
 #: on. "background": a stored graph is used from the first call on; else calls are answered eagerly while one
 #: is compiled, which takes over when it has passed its self-check.
 CompileMode = Literal["off", "wait", "background", "stored"]
 
-#: calls answered eagerly before a background compilation starts: a single-point script never pays for one
-_CALLS_BEFORE_BACKGROUND = 3
+#: evaluations answered eagerly before graphs are compiled in the background: a single-point script never pays
+_ANSWERS_BEFORE_BACKGROUND = 3
 #: largest difference between a graph and eager that its self-check accepts, by the precision of the weights
 #: and relative to the largest value of an output (plus a floor, for outputs that vanish)
 _SELF_CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -43,7 +43,7 @@ _SELF_CHECK_FLOOR = 0.01
 #: sizes to trace with: all different and none small, since the compiler may take what coincides for a rule
 _EXAMPLE_SIZES = (61, 97, 53, 71, 83, 59, 101, 67, 89, 79, 73, 103, 107, 109, 113, *range(127, 600, 2))
 _OPTIONS = {
-    # floats; for doubles see `cpu_code`
+    # of floats, where `cpu_code` has no tanh of its own
     "cpp.use_decompose_tanh": True,
     # code that fits any number of threads; else the number at hand is part of it, down to the size of buffers
     "cpp.dynamic_threads": True,
@@ -141,13 +141,24 @@ def signed(architecture: str, weights: Mapping[str, Tensor]) -> str:
     return "\n".join([architecture, *(f"{name} {tuple(w.shape)} {w.dtype}" for name, w in weights.items())])
 
 
+#: held from the first message about graphs that the end of the process waits for: there is one for all
+_said = threading.Lock()
+
+
 def _say_what_is_waited_for(worker: threading.Thread) -> None:
     """At the end of the process, which waits for the graph that it began."""
     threading.main_thread().join()
-    if worker.is_alive():
+    if worker.is_alive() and _said.acquire(blocking=False):
         print(
-            "mtinfer: compiling a graph for later runs, up to a minute or two …", file=sys.stderr, flush=True
+            "mtinfer: compiling for later runs, up to a minute or two a graph …", file=sys.stderr, flush=True
         )
+
+
+@dataclass
+class Answers:
+    """How many evaluations were asked of a potential, whose graphs share this count."""
+
+    n: int = 0
 
 
 @dataclass
@@ -167,6 +178,8 @@ class SharedGraph:
         example weights: their shapes and dtypes are part of the architecture.
     mode
         see `CompileMode`.
+    answers
+        evaluations of which calls of this graph are parts, "background" waits for a few of them.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
@@ -174,12 +187,13 @@ class SharedGraph:
     arguments: Sequence[Argument]
     weights: Sequence[Tensor]
     mode: CompileMode
+    answers: Answers = field(default_factory=Answers)
     #: graphs compiled in this process (loading a stored one does not count)
     n_compiled: int = 0
     _compiled: LoadedGraph | None = None
     #: outputs that were zero in all calls so far and say nothing about the graph; None before the first call
     _unconfirmed: frozenset[int] | None = None
-    _n_calls: int = 0
+    _is_looked_up: bool = False
     _worker: threading.Thread | None = None
 
     @classmethod
@@ -190,6 +204,7 @@ class SharedGraph:
         arguments: Sequence[Argument],
         weights: Mapping[str, Tensor],
         mode: CompileMode,
+        answers: Answers,
     ) -> SharedGraph:
         """Make the graph of ``function(data, named weights)``; weights are handed over in this order."""
         names, n_data = tuple(weights), len(arguments)
@@ -197,7 +212,7 @@ class SharedGraph:
         def of_all(*values: Tensor) -> tuple[Tensor, ...]:
             return function(values[:n_data], dict(zip(names, values[n_data:], strict=True)))
 
-        return cls(of_all, signature, arguments, list(weights.values()), mode)
+        return cls(of_all, signature, arguments, list(weights.values()), mode, answers)
 
     def __post_init__(self) -> None:
         if self.weights[0].device.type == "cpu":
@@ -205,7 +220,6 @@ class SharedGraph:
 
     def __call__(self, data: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Evaluate, compiled where a graph is at hand, else eagerly."""
-        self._n_calls += 1
         if self._compiled is None and self.mode != "off":
             self._prepare(data[0].device)
         compiled = self._compiled  # another thread may give it up
@@ -232,9 +246,12 @@ class SharedGraph:
     def _prepare(self, device: torch.device) -> None:
         if self.mode == "wait":
             self._obtain(device)
-        elif self._n_calls == 1:
+        elif not self._is_looked_up:
+            self._is_looked_up = True
             self._obtain(device, compile_missing=False)
-        elif self.mode == "background" and self._worker is None and self._n_calls > _CALLS_BEFORE_BACKGROUND:
+        elif (
+            self.mode == "background" and self._worker is None and self.answers.n > _ANSWERS_BEFORE_BACKGROUND
+        ):
             # the compiler imports it, which Python 3.11 forbids once a process has come to its end
             import concurrent.futures.process  # noqa: F401
 
@@ -243,8 +260,8 @@ class SharedGraph:
             threading.Thread(target=_say_what_is_waited_for, args=(self._worker,), daemon=True).start()
 
     def _obtain(self, device: torch.device, *, compile_missing: bool = True) -> None:
-        store = GraphStore(cache_directory(), graph_key(self.signature, device))
         try:
+            store = GraphStore(cache_directory(), graph_key(self.signature, device))
             compiled = _stored(store, device)
             if compiled is None and compile_missing:
                 with _compiler(os.getpid()), store.alone():

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["GraphStore", "cache_directory", "graph_key"]
+
+#: s: graphs that no process used for so long are removed when another one is stored
+_KEPT = 90 * 24 * 3600
 
 
 def cache_directory() -> Path:
@@ -117,6 +121,8 @@ class GraphStore:
             return None
         if not isinstance(record, dict) or record.get("sha256") != hashlib.sha256(content).hexdigest():
             return None
+        with contextlib.suppress(OSError):
+            os.utime(self._record)  # it is in use
         return self._binary
 
     @contextlib.contextmanager
@@ -140,7 +146,7 @@ class GraphStore:
                     fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may hold the file open
 
     def save(self, package: Path, signature: str) -> None:
-        """Store a graph: the binary first, then the record that vouches for it."""
+        """Store a graph, the binary first, then the record that vouches for it; remove what nobody uses."""
         content = package.read_bytes()
         fields = {
             "sha256": hashlib.sha256(content).hexdigest(),
@@ -151,6 +157,15 @@ class GraphStore:
             with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".tmp", delete=False) as file:
                 file.write(value)
             Path(file.name).replace(path)
+        self._remove_unused()
+
+    def _remove_unused(self) -> None:
+        for binary in self.directory.glob("*.graph"):
+            record = binary.with_suffix(".json")
+            with contextlib.suppress(FileNotFoundError):  # another process does the same
+                if time.time() - record.stat().st_mtime > _KEPT:
+                    record.unlink()
+                    binary.unlink()
 
 
 def _locked(path: Path) -> IO[str]:

@@ -11,12 +11,12 @@ from torch import Tensor
 from .checkpoint.load import check_weights
 from .checkpoint.records import Checkpoint, HeadRecord
 from .errors import UnsupportedModelError
-from .graph import CompileMode, SharedGraph, signed
+from .graph import Answers, CompileMode, SharedGraph, signed
 from .models import EnergyModel
 from .models.tabulated import TabulatedDPA1, TabulatedSeE2A, tabulated
 from .stage_graphs import StageGraphs
 
-__all__ = ["HeadState", "check_heads", "head_states"]
+__all__ = ["HeadState", "checked", "head_states"]
 
 
 @dataclass(frozen=True)
@@ -73,27 +73,33 @@ def head_states(
             refused[name] = str(err)
     faster = _tabulated(checkpoint, models, refused) if tabulate else {}
     graphs: dict[str, StageGraphs] = {}
+    answers = Answers()
     heads: dict[str, HeadState] = {}
     for name in [name for name in models if name not in refused]:
-        state = _head_state(checkpoint.heads[name], models[name], device, mode, graphs)
+        state = _head_state(checkpoint.heads[name], models[name], device, mode, graphs, answers)
         if name in faster:
-            series = _head_state(checkpoint.heads[name], faster[name], device, mode, graphs)
+            series = _head_state(checkpoint.heads[name], faster[name], device, mode, graphs, answers)
             state = replace(series, exact=state)
         heads[name] = state
     return heads, refused
 
 
-def check_heads(checkpoint: Checkpoint) -> None:
-    """Check that the weights of every head that can be evaluated fit its configuration.
+def checked(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint in which every head that can't be evaluated is refused.
 
     Raises
     ------
     CheckpointError
-        As `load` does.
+        The weights of a head do not fit its configuration.
     """
-    for record in checkpoint.heads.values():
+    heads = dict(checkpoint.heads)
+    for name, record in heads.items():
         if record.refused is None:
-            _model(record, checkpoint.dialect)
+            try:
+                _model(record, checkpoint.dialect)
+            except UnsupportedModelError as err:
+                heads[name] = replace(record, refused=str(err))
+    return replace(checkpoint, heads=heads)
 
 
 def _model(record: HeadRecord, dialect: str) -> EnergyModel:
@@ -117,12 +123,13 @@ def _head_state(
     device: torch.device,
     mode: CompileMode,
     graphs: dict[str, StageGraphs],
+    answers: Answers,
 ) -> HeadState:
     weights = {name: tensor.to(device) for name, tensor in record.weights.items()}
     groups = model.prepare(weights)
     names = tuple(sorted(groups[0]))
     default_fparam = weights.get("fitting_net.default_fparam_tensor")
-    stages = _graphs(model, names, groups[0], mode, graphs)
+    stages = _graphs(model, names, groups[0], mode, graphs, answers)
     return HeadState(
         name=record.name,
         aliases=record.aliases,
@@ -143,6 +150,7 @@ def _graphs(
     group: Mapping[str, Tensor],
     mode: CompileMode,
     graphs: dict[str, StageGraphs],
+    answers: Answers,
 ) -> StageGraphs:
     """Return the graphs of an architecture, made at its first head."""
     weights = {name: group[name] for name in names}
@@ -157,6 +165,7 @@ def _graphs(
                 [*displacements, *tensors],
                 weights,
                 mode,
+                answers,
             )
         )
     return graphs[signature]

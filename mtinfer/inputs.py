@@ -26,8 +26,7 @@ class GraphInputs:
     """One or several structures, concatenated, with every pair inside the cutoff.
 
     Neighbours are local indices plus a displacement: periodic images are already accounted for, and there
-    are no ghost atoms. Pairs are sorted by centre, and by distance within a centre where the model
-    truncates its neighbour list.
+    are no ghost atoms. Pairs are sorted by centre.
     """
 
     #: (n_atoms,) int64, index into the type map

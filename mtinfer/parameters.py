@@ -95,7 +95,7 @@ def _shaped(name: str, value: Any, shape: tuple[int, ...]) -> NDArray[np.float64
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):
         raise StructureError(f"{name} is {value!r}; the model needs numbers, shape {shape}") from None
-    if array.size != int(np.prod(shape)):
+    if [n for n in array.shape if n != 1] != [n for n in shape if n != 1]:  # axes of one may be left out
         raise StructureError(f"{name} has shape {array.shape}; the model needs {shape}")
     if not np.isfinite(array).all():
         raise StructureError(f"{name} is {value!r}; it must be finite numbers")

@@ -20,7 +20,7 @@ from torch import Tensor
 from .checkpoint.heads import find_head
 from .checkpoint.load import read as read_checkpoint
 from .checkpoint.precision import Precision, with_precision
-from .errors import MtinferError, StructureError, UnsupportedModelError, nearest
+from .errors import CheckpointError, MtinferError, StructureError, UnsupportedModelError, nearest
 from .graph import CompileMode, SharedGraph
 from .heads import HeadState, head_states
 from .inputs import GraphInputs, Prediction
@@ -48,7 +48,7 @@ class PredictionWarning(UserWarning):
 class Potential:
     """All heads of a file; those of one architecture share one graph.
 
-    Made by `load`. A pickle of it holds the absolute path of the file, which is loaded again; a deep copy is
+    Made by `load`. A pickle of it names the file, which is loaded again unless it has changed; a deep copy is
     the potential itself.
     """
 
@@ -285,6 +285,8 @@ class Potential:
         chosen = [self.head(name) for name in (self.heads if heads is None else heads)]
         states = [state.exact or state for state in chosen]
         energies = {state.name: np.zeros(len(structures)) for state in states}
+        if states:
+            states[0].graph.answers.n += 1
         for family in self._values.families(states) if structures else ():
             first = family[0]
             candidates = [find_candidates(structure, first.model.rcut) for structure in structures]
@@ -314,6 +316,7 @@ class Potential:
         """Evaluate a head on prepared inputs, one prediction per structure."""
         if state.exact is not None and not covers(state.model.descriptor, inputs):
             state = state.exact
+        state.graph.answers.n += 1
         layouts = self._layouts(inputs, state)
         energies = state.bias[inputs.types]
         gradients = []
@@ -411,9 +414,9 @@ def load(
         compiles; False ("off") stays eager.
     tabulate
         evaluate the radial embedding nets of se_e2_a and of se_atten in strip mode without attention by
-        Chebyshev series, which differ from them by less than 1e-9 and are faster. Structures with atoms
-        closer than 0.5 Å, or with elements that a head never saw, are evaluated with the nets, and so are
-        `Potential.energies`. Heads with other descriptors are refused.
+        Chebyshev series, which differ from them by less than 1e-9 (in float32 1e-5) and are faster.
+        Structures with atoms closer than 0.5 Å, or with elements that a head never saw, are evaluated with
+        the nets, and so are `Potential.energies`. Heads with other descriptors are refused.
 
     Raises
     ------
@@ -425,14 +428,30 @@ def load(
     _survive_forks()
     where = usable_device(device)
     mode = _compile_mode(compile)
-    checkpoint = read_checkpoint(Path(path))
+    path = Path(path)
+    if path.exists():
+        path = path.resolve()  # a link may lead to another file, later
+    checkpoint = read_checkpoint(path)
     if dtype is not None:
         checkpoint = with_precision(checkpoint, _dtype(dtype))
     heads, refused = head_states(checkpoint, where, mode, tabulate=tabulate)
     if not heads:
         raise UnsupportedModelError("; ".join(refused.values()))
-    loads_again = partial(load, Path(path).absolute(), device=where, dtype=dtype, tabulate=tabulate)
+    loads_again = partial(_load_again, path, _state(path), device=where, dtype=dtype, tabulate=tabulate)
     return Potential(heads, refused, where, loads_again=loads_again)
+
+
+def _load_again(path: Path, state: tuple[int, int], **options: Any) -> Potential:
+    """Load the file of a pickled potential."""
+    if path.exists() and _state(path) != state:
+        raise CheckpointError(f"{str(path)!r} is another file than the one that was pickled; load it anew")
+    return load(path, **options)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Size and time of a file, which tell whether it was replaced."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 @cache

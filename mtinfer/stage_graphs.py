@@ -67,8 +67,10 @@ class StageGraphs:
                 return derivative(stage, data[:n_varied], data[n_varied:n_data], data[n_data:], named)
 
             def graph(kind: str, function: Callable[..., Tensors], arguments: list[Argument]) -> SharedGraph:
-                mode = self.whole.mode
-                return SharedGraph.of_named(function, f"{kind} {signature}", arguments, weights, mode)
+                mode, answers = self.whole.mode, self.whole.answers
+                return SharedGraph.of_named(
+                    function, f"{kind} {signature}", arguments, weights, mode, answers
+                )
 
             data = [*varied, *fixed]
             self._pairs[signature] = _Pair(

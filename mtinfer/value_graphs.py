@@ -123,8 +123,10 @@ class ValueGraphs:
     ) -> SharedGraph:
         signature = signed(f"value {architecture}", weights)
         if signature not in self._graphs:
-            mode = state.graph.mode
-            self._graphs[signature] = SharedGraph.of_named(function, signature, arguments, weights, mode)
+            mode, answers = state.graph.mode, state.graph.answers
+            self._graphs[signature] = SharedGraph.of_named(
+                function, signature, arguments, weights, mode, answers
+            )
         return self._graphs[signature]
 
 

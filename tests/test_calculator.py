@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from ase.optimize import BFGS
 from reference_files import DATA, SE_E2_A, STRIP
 
 from mtinfer import MTCalculator, MtinferError, Potential
-from mtinfer.errors import StructureError, UnknownHeadError
+from mtinfer.errors import CheckpointError, StructureError, UnknownHeadError
 from mtinfer.random_checkpoint import write_random_checkpoint
 
 
@@ -80,6 +81,27 @@ def test_copies_in_this_process_share_the_potential_and_pickles_load_the_file_ag
     assert not any(graph.mode != "off" for graph in loaded.calc.potential.graphs)
     with pytest.raises(TypeError, match=r"only a Potential made by mtinfer\.load can be pickled"):
         pickle.dumps(Potential(atoms.calc.potential._heads, {}, torch.device("cpu")))
+
+
+def test_a_pickle_is_of_one_file(tmp_path: Path) -> None:
+    shutil.copy(STRIP, tmp_path / "model-1.pt")
+    link = tmp_path / "model.pt"
+    link.symlink_to("model-1.pt")
+    pickled = pickle.dumps(MTCalculator(link, head="water", compile=False))
+    link.unlink()
+    link.symlink_to("model-2.pt")
+    assert pickle.loads(pickled).head == "water"
+    os.utime(tmp_path / "model-1.pt", ns=(0, 0))
+    with pytest.raises(CheckpointError, match=r"model-1\.pt' is another file than the one that was pickled"):
+        pickle.loads(pickled)
+
+
+def test_results_are_exported_by_the_names_of_ase(potential: Potential) -> None:
+    atoms = water()
+    calculator = MTCalculator(potential, head="water")
+    found = calculator.calculate_properties(atoms, ["energy", "stress"])
+    assert found["energy"] == calculator.results["energy"]
+    assert "virial" not in found
 
 
 def test_swapping_the_head_invalidates_results(potential: Potential) -> None:

@@ -100,6 +100,23 @@ def test_convert_keeps_an_existing_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_convert_leaves_out_what_can_not_be_evaluated(tmp_path: Path) -> None:
+    def strange(content: Any) -> None:
+        params = content["model"]["_extra_state"]["model_params"]["model_dict"]
+        params["copper"]["fitting_net"]["activation_function"] = "sawtooth"
+
+    path, target = changed(tmp_path, strange), tmp_path / "model.safetensors"
+    result = run("convert", path, "-o", target)
+    assert result.exit_code == 0, result.output
+    assert "left out: head 'copper'" in result.stderr
+    assert [head["name"] for head in json.loads(run("info", target, "--json").stdout)["heads"]] == [
+        "water",
+        "clusters",
+    ]
+    assert run("convert", path, "-o", target, "--force", "--head", "water").exit_code == 0
+    fails_with("head 'copper'", "convert", path, "-o", target, "--force", "--head", "copper")
+
+
 def test_convert_to_float32(tmp_path: Path) -> None:
     target = tmp_path / "model.safetensors"
     assert run("convert", STRIP, "-o", target, "--dtype", "float32").exit_code == 0

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.codegen.cpp import CppVecOverrides
+from torch._inductor.codegen.cpp_utils import CppCSEVariable
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from mtinfer import cpu_code
 from mtinfer.graph import SharedGraph
@@ -185,19 +189,37 @@ def test_rows_by_index(dtype: torch.dtype, normal: Normal) -> None:
     assert graph.is_compiled
 
 
-def test_functions() -> None:
-    def functions(x: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.sigmoid(one * x), torch.tanh((one * x).double())
+def test_other_threads_compile_as_ever() -> None:
+    x = CppCSEVariable("x", ValueRanges.unknown(), torch.float64)
 
-    one = torch.ones(1)
-    graph = SharedGraph(functions, "functions", (Argument(("n",), torch.float32),), [one], "wait")
-    graph((torch.linspace(-1.0, 1.0, 50),), [one])
-    x = torch.linspace(-200.0, 200.0, 40_001)
-    x = torch.cat([x, 1e-3 * x, torch.tensor([0.0, math.inf, -math.inf])])
-    sigmoid, tanh = graph((x,), [one])
+    def tanh() -> str:
+        return str(CppVecOverrides.tanh(x))
+
+    usual = tanh()
+    with cpu_code.cpu_code(), ThreadPoolExecutor() as pool:
+        assert pool.submit(tanh).result() == usual
+        assert tanh() != usual
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_functions(dtype: torch.dtype) -> None:
+    def functions(x: Tensor, one: Tensor) -> tuple[Tensor, ...]:
+        return torch.exp(one * x), torch.sigmoid(one * x), torch.tanh(one * x)
+
+    one = torch.ones(1, dtype=dtype)
+    graph = SharedGraph(functions, f"functions {dtype}", (Argument(("n",), dtype),), [one], "wait")
+    graph((torch.linspace(-1.0, 1.0, 50, dtype=dtype),), [one])
+    x = torch.linspace(-1000.0, 1000.0, 100_001, dtype=dtype)
+    x = torch.cat([x, 1e-2 * x, 1e-5 * x, torch.tensor([0.0, math.inf, -math.inf], dtype=dtype)])
+    exp, sigmoid, tanh = graph((x,), [one])
     assert graph.is_compiled
-    torch.testing.assert_close(tanh, torch.tanh(x.double()), rtol=2e-15, atol=0.0)
-    # below -88 it falls no further
-    torch.testing.assert_close(sigmoid.double(), torch.sigmoid(x.double()), rtol=3e-7, atol=7e-39)
-    not_a_number = torch.full((50,), math.nan)
+    form = torch.finfo(dtype)
+    ulp, least = form.eps, 2.1 * form.tiny
+    close = torch.testing.assert_close
+    near_overflow = (x > math.log(form.max) - 0.4) & (x < math.log(form.max))  # infinite a little too early
+    expected = torch.where(near_overflow, math.inf, torch.exp(x))
+    close(torch.where(near_overflow, math.inf, exp), expected, rtol=2 * ulp, atol=least)
+    close(sigmoid, torch.sigmoid(x), rtol=3 * ulp, atol=least)
+    close(tanh, torch.tanh(x), rtol=4 * ulp, atol=0.0)
+    not_a_number = torch.full((50,), math.nan, dtype=dtype)
     assert all(value.isnan().all() for value in graph((not_a_number,), [one]))

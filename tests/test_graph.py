@@ -431,18 +431,41 @@ def test_compiler_that_fails(store: Path, monkeypatch: pytest.MonkeyPatch) -> No
     require_refusal(r"could not be compiled \(RuntimeError: internal error\); evaluating eagerly")
 
 
+def require_next_answer(graph: SharedGraph, values: tuple[Tensor, ...]) -> None:
+    """Evaluate as a potential does: two calls of the graph for every answer."""
+    graph.answers.n += 1
+    for _ in range(2):
+        require_eager_numbers(graph, values)
+
+
 def test_in_the_background(store: Path) -> None:
     graph = small_graph("background")
     n_threads = threading.active_count()
     for _ in range(3):
-        require_eager_numbers(graph, data())
+        require_next_answer(graph, data())
     assert threading.active_count() == n_threads  # a script with a few calls never compiles
-    require_eager_numbers(graph, data())
+    require_next_answer(graph, data())
     graph.join()
     assert graph.is_compiled
     for n_points in (4, 5):
-        require_eager_numbers(graph, data(n_points))
+        require_next_answer(graph, data(n_points))
     assert graph.n_compiled == 1
+
+
+def test_a_stored_graph_is_found_by_a_later_mode(filled_store: Path) -> None:
+    graph = small_graph("off")
+    require_eager_numbers(graph, data())
+    graph.mode = "stored"
+    require_eager_numbers(graph, data())
+    assert (graph.n_compiled, graph.is_compiled) == (0, True)
+
+
+def test_no_home_for_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("mtinfer.graph.cache_directory", fail)
+    require_refusal(r"could not be compiled \(RuntimeError: Could not determine home directory\.\)")
 
 
 def test_background_answers_eagerly_in_the_meantime(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,13 +483,13 @@ def test_background_answers_eagerly_in_the_meantime(store: Path, monkeypatch: py
     monkeypatch.setattr(SharedGraph, "_compile", compile_slowly)
     graph = small_graph("background")
     for _ in range(10):
-        require_eager_numbers(graph, data())
+        require_next_answer(graph, data())
     assert calls == []
     may_finish.set()
     graph.join()
     for _ in range(3):
-        require_eager_numbers(graph, data())
-    assert len(calls) == 3
+        require_next_answer(graph, data())
+    assert len(calls) == 6
 
 
 def test_background_uses_a_stored_graph_at_once(filled_store: Path) -> None:
@@ -474,6 +497,19 @@ def test_background_uses_a_stored_graph_at_once(filled_store: Path) -> None:
     with _compiler(os.getpid()):  # as while another graph is being compiled
         require_eager_numbers(graph, data())
     assert (graph.n_compiled, graph.is_compiled) == (0, True)
+
+
+def test_graphs_that_nobody_uses_are_removed(store: Path) -> None:
+    package = store / "package"
+    package.write_bytes(b"code")
+    graphs = [GraphStore(store, key) for key in ("old", "used", "new")]
+    for graph in graphs[:2]:
+        graph.save(package, "signature")
+        os.utime(store / f"{graph.key}.json", (0, 0))
+    assert graphs[1].find() is not None
+    graphs[2].save(package, "signature")
+    assert [graph.find() is not None for graph in graphs] == [False, True, True]
+    assert not list(store.glob("old.*"))
 
 
 def test_graph_that_cannot_be_stored_still_serves(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,9 @@ from reference_files import DATA, STRIP
 import mtinfer
 from mtinfer import Potential
 from mtinfer.errors import StructureError, UnsupportedModelError
+from mtinfer.parameters import _shaped
 from mtinfer.random_checkpoint import write_random_checkpoint
+from mtinfer.train.verify import verify
 
 #: reads fparam (2 numbers, with a default) and aparam (1 number)
 READER = DATA / "reference/variants/checkpoints/dpa1n-pt.pt"
@@ -51,6 +53,14 @@ def test_wrong_parameters(
     atoms.info.update(info)
     with pytest.raises(StructureError, match=reason):
         potential.evaluate(atoms, potential.heads[0], **given)
+
+
+def test_parameters_are_not_rearranged() -> None:
+    for shape in [(2,), (1, 2), (2, 1)]:
+        assert _shaped("fparam", np.arange(2.0).reshape(shape), (2,)).tolist() == [0.0, 1.0]
+    for shape in [(2, 3), (6,), (1, 6)]:
+        with pytest.raises(StructureError, match=r"the model needs \(3, 2\)"):
+            _shaped("aparam", np.zeros(shape), (3, 2))
 
 
 def test_missing_atomic_parameters(eager: Callable[..., Potential]) -> None:
@@ -91,8 +101,6 @@ def hybrid(*defaults: list[float]) -> dict[str, Any]:
 
 
 def test_default_charge_and_spin_of_a_hybrid(tmp_path: Path) -> None:
-    from mtinfer.train.verify import verify
-
     path = tmp_path / "hybrid.pt"
     write_random_checkpoint(path, hybrid([2.0, 3.0]), dialect="pt_expt")
     potential = mtinfer.load(path, compile=False)
@@ -104,6 +112,15 @@ def test_default_charge_and_spin_of_a_hybrid(tmp_path: Path) -> None:
     training = list(verify(path, compiled=False))
     assert training
     assert all(found.accepted for found in training)
+
+
+def test_models_that_need_charge_and_spin_are_verified(tmp_path: Path) -> None:
+    path = tmp_path / "dpa3.pt"
+    descriptor = {**DPA3, "add_chg_spin_ebd": True}
+    write_random_checkpoint(path, {"type_map": ["O", "H"], "descriptor": descriptor, "fitting_net": FITTING})
+    found = list(verify(path, compiled=False))
+    assert found
+    assert all(difference.accepted for difference in found)
 
 
 def test_members_with_different_defaults_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,18 @@ def test_compiled_stages_serve_all_heads_and_sizes(name: str, monkeypatch: pytes
     assert len(graphs) == 1
     assert not whole.is_compiled
     assert all(graph.is_compiled for graph in stages)
+
+
+def test_a_single_evaluation_never_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MTINFER_CACHE", str(tmp_path))
+    in_small_parts(monkeypatch, 10)
+    path = DATA / "reference/checkpoints/dpa3-shared-pt.pt"
+    potential = mtinfer.load(path, device="cpu")
+    n_threads = threading.active_count()
+    for _ in range(3):
+        predictions(potential, path, potential.heads[0])
+    assert threading.active_count() == n_threads
+    assert len(potential.graphs) > 1
 
 
 def test_parts_are_compiled_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:

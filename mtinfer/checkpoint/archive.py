@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import CheckpointError, OutputError, UnsupportedModelError
-from ..files import replacing
+from ..errors import CheckpointError, UnsupportedModelError
+from ..files import check_output, replacing
 from . import schema
 from .container import read_safetensors_header
 from .dialects import ALWAYS_FLOAT64
@@ -66,7 +66,7 @@ def write(
         The file exists, is the checkpoint itself, or can't be written.
     """
     path = Path(path)
-    _check_target(path, checkpoint.path, force=force)
+    check_output(path, source=checkpoint.path, force=force)
     records = _chosen(checkpoint, heads)
     tensors, shared, equal = _pack(records, dtype)
     description = schema.Description(
@@ -87,17 +87,6 @@ def write(
     )
     _save(path, tensors, schema.serialize(description))
     return tuple(record.name for record in records)
-
-
-def _check_target(path: Path, source: Path, *, force: bool) -> None:
-    if not path.parent.is_dir():
-        raise OutputError(f"{str(path)!r} can't be written: the folder {str(path.parent)!r} does not exist")
-    if path.is_dir():
-        raise OutputError(f"{str(path)!r} can't be written: it is a directory")
-    if path.exists() and source.exists() and path.samefile(source):
-        raise OutputError(f"{str(path)!r} is the file to convert and is not replaced; choose another output")
-    if path.exists() and not force:
-        raise OutputError(f"{str(path)!r} exists and is kept; choose another output or pass --force")
 
 
 def _chosen(checkpoint: Checkpoint, heads: Sequence[str] | None) -> list[HeadRecord]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ..descriptor_kinds import KINDS, kind_of
-from ..errors import CheckpointError, OutputError, UnsupportedModelError
-from ..files import replacing
+from ..errors import OutputError, UnsupportedModelError
+from ..files import check_output, replacing
 from ..models import EnergyModel
 from .dialects import CANONICAL, DIALECTS, TABLE, compile_pattern, render
 from .heads import DEFAULT_HEAD
@@ -268,10 +268,7 @@ def convert(
     path = Path(path)
     if dialect not in DIALECTS:
         raise OutputError(f"dialect {dialect!r} is unknown; known are {', '.join(DIALECTS)}")
-    if path.exists() and (not force or (checkpoint.path.exists() and path.samefile(checkpoint.path))):
-        raise OutputError(f"{str(path)!r} exists and is kept; choose another output or pass --force")
-    if not path.parent.is_dir():
-        raise OutputError(f"{str(path)!r} can't be written: the folder {str(path.parent)!r} does not exist")
+    check_output(path, source=checkpoint.path, force=force)
     names = heads if heads is not None else [n for n, r in checkpoint.heads.items() if r.refused is None]
     records = {record.name: record for record in map(checkpoint.head, names)}
     if not records:
@@ -347,14 +344,3 @@ def _change(before: HeadRecord, source: str, after: HeadRecord, target: str) -> 
             "neighbour lists in pt, not in pt_expt; energies differ where such a list is full"
         )
     return None
-
-
-def check_no_debris(content: Mapping[str, Any]) -> None:
-    """Refuse content that holds a compiled graph's keys; no writer may ever make them."""
-    for key in content["model"]:
-        segments = str(key).split(".")[2:]
-        if any(
-            s in ("original_model", "compiled_forward_lower", "_orig_mod") or s[:6] == "_task_"
-            for s in segments
-        ):
-            raise CheckpointError(f"the weight {key!r} belongs to a compiled graph and must not be written")

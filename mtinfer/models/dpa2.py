@@ -36,7 +36,7 @@ from .stage import Call, Tensors, directly, joined
 from .three_body import ThreeBody
 
 #: keys of section `repinit` that have a default in the format
-_REPINIT_DEFAULTS = {
+REPINIT_DEFAULTS = {
     "neuron": (25, 50, 100),
     "axis_neuron": 16,
     "tebd_dim": 8,
@@ -100,7 +100,7 @@ class DPA2:
         graph
             keep all neighbours instead of the nearest `nsel` of each block, if the options allow it.
         """
-        section = _REPINIT_DEFAULTS | dict(required(config, "repinit", "dpa2"))
+        section = REPINIT_DEFAULTS | dict(required(config, "repinit", "dpa2"))
         options = RepformerOptions.from_config(required(config, "repformer", "dpa2"))
         function = known_activation(options.activation_function, rounded=not pt)
         options = replace(options, activation_function=function)

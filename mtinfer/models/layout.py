@@ -92,7 +92,7 @@ class Selection:
     closes_gaps: bool = False
 
     def __call__(self, inputs: GraphInputs) -> Pairs:
-        """Apply to all pairs of `inputs`, which are sorted by centre and, where truncated, by distance."""
+        """Apply to all pairs of `inputs`, which are sorted by centre."""
         return self._apply(inputs, _Working.start(inputs))
 
     def _apply(self, inputs: GraphInputs, pairs: _Working) -> Pairs:

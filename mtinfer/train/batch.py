@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ..data import Frame
@@ -17,10 +17,10 @@ from ..inputs import GraphInputs
 from ..models import EnergyModel
 from ..models.gather import Index
 from ..models.layout import Argument, Layout, on_slots, with_empty
-from ..neighbors import Candidates, find_candidates, graph_inputs
+from ..neighbors import find_candidates, graph_inputs
 from ..parameters import aparam_of, charge_spin_of, fparam_of
 
-__all__ = ["Batch", "Labels", "arguments", "make_batch"]
+__all__ = ["Batch", "Labels", "arguments", "make_batch", "parameters_of"]
 
 
 class Labels(NamedTuple):
@@ -118,17 +118,16 @@ def make_batch(frames: Sequence[Frame], model: EnergyModel, default_fparam: Tens
     counted = torch.ones(len(model.type_map), dtype=torch.float64)
     counted[list(model.atom_exclude_types)] = 0.0
     counted = counted[inputs.types]
+    virials = [frame.comparable_virial for frame in frames]
     return Batch(
         structure=_structure(layouts, inputs),
         energy=torch.tensor([frame.energy or 0.0 for frame in frames], dtype=torch.float64),
         forces=torch.from_numpy(
             np.concatenate([np.zeros((len(f.atoms), 3)) if f.forces is None else f.forces for f in frames])
         ),
-        virial=torch.from_numpy(
-            np.stack([np.zeros(9) if f.virial is None else f.virial.reshape(9) for f in frames])
-        ),
+        virial=torch.from_numpy(np.stack([np.zeros(9) if v is None else v.reshape(9) for v in virials])),
         has=torch.tensor(
-            [[label is not None for label in (f.energy, f.forces, f.virial)] for f in frames],
+            [[x is not None for x in (f.energy, f.forces, v)] for f, v in zip(frames, virials, strict=True)],
             dtype=torch.float64,
         ),
         n_atoms=torch.zeros(len(frames), dtype=torch.float64).index_add_(0, inputs.frames, counted),
@@ -143,21 +142,17 @@ def frame_inputs(
 ) -> GraphInputs:
     """All pairs of some frames within the cutoff of a model; see `make_batch`."""
     atoms = [frame.atoms for frame in frames]
-    parameters = [_parameters(frame, model, default_fparam) for frame in frames]
+    parameters = [parameters_of(frame, model, default_fparam) for frame in frames]
     fparam, aparam, charge_spin = zip(*parameters, strict=True)
     return graph_inputs(
         atoms,
-        [_candidates(frame, model.rcut) for frame in frames],
+        [find_candidates(structure, model.rcut) for structure in atoms],
         [type_indices(frame, model.type_map) for frame in frames],
         model.rcut,
         fparam=torch.from_numpy(np.stack(fparam)),
         aparam=torch.from_numpy(np.concatenate(aparam)),
         charge_spin=torch.from_numpy(np.stack(charge_spin)),
     )
-
-
-def _candidates(frame: Frame, rcut: float) -> Candidates:
-    return find_candidates(frame.atoms, rcut)
 
 
 def type_indices(frame: Frame, type_map: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -173,10 +168,16 @@ def type_indices(frame: Frame, type_map: Sequence[str]) -> np.ndarray[tuple[int]
     return np.array([index[name] for name in names], dtype=np.int64)
 
 
-def _parameters(
-    frame: Frame, model: EnergyModel, default_fparam: Tensor | None
+def parameters_of(
+    frame: Frame, model: EnergyModel, default_fparam: ArrayLike | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Frame parameters, atomic parameters, and charge and spin of a frame."""
+    """Frame parameters, atomic parameters, and charge and spin of a frame.
+
+    Raises
+    ------
+    DataError
+        The frame lacks what the model needs, or has it in another shape.
+    """
     atoms = frame.atoms
     try:
         return fparam_of(atoms, model, default_fparam), aparam_of(atoms, model), charge_spin_of(atoms, model)

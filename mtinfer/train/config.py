@@ -184,6 +184,24 @@ def _without_effect(
             unread = where == "validating" and key != "full_validation" and key[:1] != "_"
             if unread or key in (*WITHOUT_EFFECT, "data_bias_nsample", "huber_delta"):
                 yield f"{where}.{key}"
+    rate = top["learning_rate"]
+    others = {key for kind, keys in schema.KEYS_OF_SCHEDULES.items() if kind != rate["type"] for key in keys}
+    yield from (f"learning_rate.{key}" for key in rate if key in others)
+    for where, data in _data_sections(training, heads, multitask):
+        validation = data.get("validation_data") or {}
+        # it goes through all systems in turn
+        yield from (f"{where}.validation_data.{key}" for key in validation if key in schema.PROBABILITIES)
+
+
+def _data_sections(
+    training: Mapping[str, Any], heads: Iterable[str], multitask: bool
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield where the data of each task are given, and the section that holds them."""
+    if not multitask:
+        yield "training", training
+        return
+    for name in heads:
+        yield f"training.data_dict.{name}", training["data_dict"][name]
 
 
 #: keys of an input for several tasks, and of one for a single task

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..models import EnergyModel
+from .batch import parameters_of
 from .config import TaskConfig, TrainConfig
 from .loss import LABELS, LossConfig
 from .neighbor_counts import settle_counts
@@ -122,6 +123,8 @@ def _task(config: TaskConfig, systems: list[System], folder: Path, dialect: str)
             "nothing to learn; give labels and prefactors that go together"
         )
     validation = [] if config.validation is None else load_systems(config.validation, model.type_map, folder)
+    for frame in (frame for system in systems + validation for frame in system.frames):
+        parameters_of(frame, model, model.fitting.default_fparam)
     return Task(config, model, systems, system_probabilities(config.training, systems), validation)
 
 

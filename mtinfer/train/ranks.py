@@ -77,14 +77,6 @@ class Ranks:
         if self.size > 1:
             torch.distributed.barrier()
 
-    def any(self, flag: bool) -> bool:
-        """Whether any process raised a flag."""
-        if self.size == 1:
-            return flag
-        found = torch.tensor([float(flag)], device=self.device)
-        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-        return bool(found.item())
-
     def mean(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Average tensors, of any shapes and precisions, over all processes."""
         if self.size == 1:

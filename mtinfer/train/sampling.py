@@ -119,10 +119,10 @@ def system_probabilities(config: DataConfig, systems: Sequence[System]) -> NDArr
     n_batches = np.array([system.n_batches for system in systems], dtype=np.float64)
     if config.sys_probs is not None:
         weights = np.array(config.sys_probs)
-        if len(weights) != len(systems) or (weights < 0).any() or not weights.sum():
+        if len(weights) != len(systems) or not weights.sum():
             raise ConfigError(
                 f"{config.where}.sys_probs is {list(config.sys_probs)}; expected a list of {len(systems)}, "
-                "one per system, none negative and not all 0"
+                "one per system, not all 0"
             )
     elif config.auto_prob == "prob_uniform":
         weights = np.ones(len(systems))
@@ -133,21 +133,13 @@ def system_probabilities(config: DataConfig, systems: Sequence[System]) -> NDArr
 
 def _block_weights(text: str, n_batches: NDArray[np.float64]) -> NDArray[np.float64]:
     """``prob_sys_size``, or ``prob_sys_size;0:3:0.5;3:7:0.5``: blocks of systems with their probability."""
-    kind, *blocks = text.split(";")
-    if kind != "prob_sys_size":
-        raise ConfigError(
-            f"auto_prob is {text!r}; supported are prob_uniform, prob_sys_size[;start:end:weight]..."
-        )
+    blocks = text.split(";")[1:]
     if not blocks:
         return n_batches
     weights = np.zeros_like(n_batches)
-    for block in blocks:
-        try:
-            start, end, weight = block.split(":")
-            part = slice(int(start), int(end))
-            weights[part] = float(weight) * n_batches[part] / n_batches[part].sum()
-        except (ValueError, ZeroDivisionError) as err:
-            raise ConfigError(f"auto_prob has the block {block!r}; expected start:end:weight") from err
+    for start, end, weight in (block.split(":") for block in blocks):
+        part = slice(int(start), int(end))
+        weights[part] = float(weight) * n_batches[part] / n_batches[part].sum()
     if not weights.sum() > 0:
         n = len(n_batches)
         raise ConfigError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.records import HeadRecord
-from ..checkpoint.writer import check_no_debris, file_key, training_content, write_content
+from ..checkpoint.writer import file_key, training_content, write_content
 from ..errors import OutputError, TrainingError
 from ..files import check_output
 from .curves import CURVE, PICTURES, read_curve
@@ -209,7 +209,6 @@ class Keeper:
         return {"decay": self.plan.config.run.ema_decay, "model": averaged, "validation_state": {}}
 
     def _write(self, name: str, step: int, content: Mapping[str, Any], n_kept: int) -> Path:
-        check_no_debris(content)
         path = self._path(name, step)
         write_content(path, content)
         _lead(self.folder / f"{name}.pt", path.name)

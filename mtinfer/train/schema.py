@@ -8,10 +8,13 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from ..errors import ConfigError, nearest
+from ..models.dpa2 import REPINIT_DEFAULTS
+from ..models.repflow import RepflowOptions
+from ..models.repformer import RepformerOptions
 from .kinds import BOOL, KINDS, WITHOUT_EFFECT
 
 __all__ = ["DESCRIPTORS", "NEIGHBOR_COUNTS", "Section", "complete"]
@@ -144,85 +147,32 @@ _ATTENTION = {
 }
 _ONLY_ATTENTION = {"attn_mask": (False,), "lmax": (1,)}
 
+
+def _of_options(options: type, required: str = "") -> dict[str, Any]:
+    """Defaults of a model's options; those without one must be given, and so must `required`."""
+    defaults = {f.name: REQUIRED if f.default is MISSING else f.default for f in fields(options)}
+    return defaults | dict.fromkeys(required.split(), REQUIRED)
+
+
 _REPINIT = {
-    "rcut": REQUIRED,
-    "rcut_smth": REQUIRED,
-    "nsel": REQUIRED,
-    "neuron": [25, 50, 100],
-    "axis_neuron": 16,
-    "tebd_dim": 8,
-    "tebd_input_mode": "concat",
+    **dict.fromkeys(("rcut", "rcut_smth", "nsel"), REQUIRED),
+    **{key: list(v) if isinstance(v, tuple) else v for key, v in REPINIT_DEFAULTS.items()},
     "set_davg_zero": True,
-    "activation_function": "tanh",
-    "type_one_side": False,
-    "resnet_dt": False,
-    "use_three_body": False,
-    "three_body_neuron": [2, 4, 8],
-    "three_body_rcut": 4.0,
-    "three_body_rcut_smth": 0.5,
-    "three_body_sel": 40,
 }
 _REPFORMER = {
-    "rcut": REQUIRED,
-    "rcut_smth": REQUIRED,
-    "nsel": REQUIRED,
-    "nlayers": 3,
-    "g1_dim": 128,
-    "g2_dim": 16,
-    "axis_neuron": 4,
-    "direct_dist": False,
-    "update_g1_has_conv": True,
-    "update_g1_has_drrd": True,
-    "update_g1_has_grrg": True,
-    "update_g1_has_attn": True,
-    "update_g2_has_g1g1": True,
-    "update_g2_has_attn": True,
-    "use_sqrt_nnei": True,
-    "g1_out_conv": True,
-    "g1_out_mlp": True,
-    "update_h2": False,
-    "attn1_hidden": 64,
-    "attn1_nhead": 4,
-    "attn2_hidden": 16,
-    "attn2_nhead": 4,
-    "attn2_has_gate": False,
-    "activation_function": "tanh",
-    "update_style": "res_avg",
+    **_of_options(RepformerOptions),
     "update_residual": 0.001,
     "update_residual_init": "norm",
     "set_davg_zero": True,
     "trainable_ln": True,
-    "ln_eps": None,
 }
 _REPFLOW = {
-    "n_dim": 128,
-    "e_dim": 64,
-    "a_dim": 64,
-    "nlayers": 6,
-    "e_rcut": REQUIRED,
-    "e_rcut_smth": REQUIRED,
-    "e_sel": REQUIRED,
-    "a_rcut": REQUIRED,
-    "a_rcut_smth": REQUIRED,
-    "a_sel": REQUIRED,
-    "a_compress_rate": 0,
-    "a_compress_e_rate": 1,
-    "a_compress_use_split": False,
-    "n_multi_edge_message": 1,
-    "axis_neuron": 4,
+    **_of_options(RepflowOptions, "e_rcut e_rcut_smth e_sel a_rcut a_rcut_smth a_sel"),
     "fix_stat_std": 0.3,
     "skip_stat": False,
-    "update_angle": True,
-    "update_style": "res_residual",
     "update_residual": 0.1,
     "update_residual_init": "const",
     "optim_update": True,
-    "smooth_edge_update": False,
-    "edge_init_use_dist": False,
-    "use_exp_switch": False,
-    "use_dynamic_sel": False,
-    "sel_reduce_factor": 10.0,
-    "sequential_update": False,
 }
 _INIT = {"update_residual_init": ("norm", "const")}
 _STYLES = {"update_style": ("res_avg", "res_incr", "res_residual")}
@@ -435,6 +385,11 @@ LEARNING_RATE = Section(
         "scale_by_worker": ("linear", "sqrt", "none"),
     },
 )
+#: keys that one type of schedule alone reads
+KEYS_OF_SCHEDULES = {
+    "exp": ("decay_steps", "decay_rate", "smooth"),
+    "wsd": ("decay_phase_ratio", "decay_type"),
+}
 OPTIMIZERS = {
     name: Section(
         {"type": name, "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": decay},
@@ -450,6 +405,8 @@ _DATA: dict[str, Any] = {
     "sys_probs": None,
 }
 _DATA_ALIASES = {"auto_prob_style": "auto_prob", "sys_weights": "sys_probs"}
+#: keys of data that say how often each system is drawn
+PROBABILITIES = ("auto_prob", "sys_probs", *_DATA_ALIASES)
 #: of older versions
 _DATA_REFUSED = {
     "set_prefix": "has no effect: folders of frames are called set.*; leave it out",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.container import file_kind
 from ..checkpoint.dialects import canonical_name
 from ..checkpoint.heads import DEFAULT_HEAD
 from ..checkpoint.load import check_weights, read
@@ -29,6 +30,9 @@ __all__ = ["Start", "finetuned", "resumed", "shifted_bias"]
 
 #: entries of a head that decide what its weights mean and which of them are trained
 _FIXED = ("type_map", "descriptor", "fitting_net", "pair_exclude_types", "atom_exclude_types")
+_CASE = "fitting_net.case_embd"
+#: weights of a fitting net that say what the input says
+_OF_INPUT = (_CASE, "fitting_net.default_fparam_tensor")
 #: keys of a descriptor that fine-tuning may change: neighbour counts, and what is no part of its formula
 _FREE = {key for counts in NEIGHBOR_COUNTS.values() for _, key, _ in counts} | {
     "precision",
@@ -73,7 +77,8 @@ def resumed(path: Path, plan: Plan) -> RunState:
         It was not written by a training of this input, or no step is left.
     """
     checkpoint = read(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    converted = file_kind(path) == "safetensors"
+    content = {} if converted else torch.load(path, map_location="cpu", weights_only=True)
     own = content.get(OWN_ENTRY) if isinstance(content, dict) else None
     if own is None or "optimizer" not in content:
         raise CheckpointError(
@@ -164,8 +169,9 @@ def _stored_ema(content: Mapping[str, Any], plan: Plan) -> dict[str, Tensor] | N
 def finetuned(path: Path, head: str | None, plan: Plan, weights: AllWeights) -> None:
     """Start all tasks from one head of a checkpoint; the energy bias then follows the new data.
 
-    Networks and statistics are taken over; a fitting net only where its shapes are the same, with its case
-    embedding where there is only one task. Neighbour counts may differ.
+    Networks and statistics are taken over; a fitting net only where its shapes and its activation are the
+    same (else a warning says so), with its case embedding where there is only one task. The default of the
+    frame parameters is that of the input. Neighbour counts may differ.
 
     Raises
     ------
@@ -190,20 +196,33 @@ def finetuned(path: Path, head: str | None, plan: Plan, weights: AllWeights) -> 
                     f"task {task.name!r} can't start from head {record.name!r}: their descriptors differ in "
                     f"{name!r}"
                 )
-        fitting = [name for name in own if name.startswith("fitting_net.") and not name.endswith("case_embd")]
-        same = all(name in other and other[name].shape == own[name].shape for name in fitting)
+        fitting = [name for name in own if name.startswith("fitting_net.") and name not in _OF_INPUT]
+        same = _activation(record, checkpoint.dialect) == task.model.fitting.activation and all(
+            name in other and other[name].shape == own[name].shape for name in fitting
+        )
+        if not same:
+            warnings.warn(
+                f"the fitting net of task {task.name!r} has another form than that of head {record.name!r}, "
+                "and starts anew",
+                stacklevel=2,
+            )
         taken = [name for name in own if name.startswith("descriptor.")] + (fitting if same else [])
         for name in taken:
             own[name] = other[name].to(own[name].dtype).clone()
         if same:
             own["out_bias"] = other["out_bias"].clone()
-        case = "fitting_net.case_embd"
+        case = _CASE
         if same and case in own and len(plan.tasks) == 1:  # several tasks must differ in it
             own[case] = other[case].to(own[case].dtype).clone()
     owners = Owners(plan.config.links)
     for name_of_head, own in weights.items():
         for name in own:
             own[name] = weights[owners(name_of_head, name)][name]
+
+
+def _activation(record: HeadRecord, dialect: str) -> str:
+    """Activation of the fitting net of a head."""
+    return EnergyModel.from_config(record.config, dialect).fitting.activation
 
 
 def _check_descriptor(record: HeadRecord, source: str, task: Task, dialect: str) -> None:
@@ -220,9 +239,10 @@ def _check_descriptor(record: HeadRecord, source: str, task: Task, dialect: str)
             "of the head, of which the neighbour counts alone may differ"
         )
     if before.descriptor != task.model.descriptor:
+        of_file = "pt" if record.graph_lower_disabled else source
         warnings.warn(
-            f"head {record.name!r} is of the dialect {source}, and goes on as {dialect}, which selects other "
-            f"neighbours; --dialect {source} keeps them",
+            f"head {record.name!r} selects neighbours as the dialect {of_file} does, and goes on as "
+            f"{dialect}, which selects others; --dialect {of_file} keeps them",
             stacklevel=2,
         )
 

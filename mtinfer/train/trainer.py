@@ -200,25 +200,24 @@ class Trainer:
             The loss is not a number.
         """
         run, n_steps = self.plan.config.run, self.plan.schedule.n_steps
-        curve = self._files() if self.ranks.is_first else None
+        curve: LearningCurve | None = None
         self._compile()
-        began, saved = time.monotonic(), self.step
+        began = time.monotonic()
         self._last_display = began, self.step
         with _interruptible() as asked:
             while self.step < n_steps:
-                lr = self._advance()
+                lr, stop = self._advance(asked)
                 tick(self.step)
-                stop = self.ranks.any(asked()) if self.ranks.size == 1 or self.step % 10 == 0 else False
+                stop = stop or (self.ranks.size == 1 and asked())
+                if curve is None and self.ranks.is_first:  # an earlier training goes when this one works
+                    curve = self._files()
                 last = self.step == n_steps
                 if self.step % run.disp_freq == 0 or last:
                     self._display(curve, lr, time.monotonic() - began, shown)
                 if self.step % run.save_freq == 0 or last or stop:
                     self._save()
-                    saved = self.step
                 if stop:
                     break
-        if self.step > saved:
-            self._save()
         return self.step == n_steps
 
     def _files(self) -> LearningCurve:
@@ -238,8 +237,8 @@ class Trainer:
                     step(batch, task.config.loss.labels(batch, 1.0), self.weights[task.name])
             self.ranks.wait()
 
-    def _advance(self) -> float:
-        """One step; returns its learning rate."""
+    def _advance(self, asked: Callable[[], bool] = lambda: False) -> tuple[float, bool]:
+        """One step; returns its learning rate, and whether any process was asked to stop."""
         lr = self.plan.schedule(self.step)
         k, index, chosen = self.sampler.draw(self.step)
         task = self.plan.tasks[k]
@@ -247,7 +246,10 @@ class Trainer:
         labels = task.config.loss.labels(batch, lr / self.plan.schedule.start)
         result = self.steps[task.name](batch, labels, self.weights[task.name])
         names = sorted(self._trained[task.name])
-        loss, *gradients = self.ranks.mean([result.loss, *(result.gradients[name] for name in names)])
+        stop = torch.tensor(float(asked()), device=self.device)
+        loss, stop, *gradients = self.ranks.mean(
+            [result.loss, stop, *(result.gradients[name] for name in names)]
+        )
         if not math.isfinite(float(loss)):
             raise TrainingError(
                 f"the loss of task {task.name!r} is {float(loss)} at step {self.step + 1} (learning rate "
@@ -257,7 +259,7 @@ class Trainer:
         labels_of = (f"{self._owners(task.name, name)}/{name}" for name in names)
         self._update(dict(zip(labels_of, gradients, strict=True)), lr)
         self.step += 1
-        return lr
+        return lr, bool(stop)
 
     def _batch(self, k: int, index: int, system: System, chosen: tuple[int, ...]) -> Batch:
         """Batch on the device of the run; warns once per task of neighbours that are left out."""

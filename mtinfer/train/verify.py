@@ -21,6 +21,7 @@ from ..data.frame import make_frame
 from ..errors import UnknownHeadError
 from ..heads import HeadState
 from ..inputs import Prediction
+from ..parameters import aparam_of, charge_spin_of, fparam_of
 from ..potential import Potential, PredictionWarning, load
 from ..testing import precision
 from .batch import make_batch
@@ -166,7 +167,7 @@ def _deepmd(path: Path) -> Way:
         index = {symbol: k for k, symbol in enumerate(model.get_type_map())}
         found = []
         for frame in frames:
-            atoms, extra = frame.atoms, _parameters(frame.atoms)
+            atoms, extra = frame.atoms, _parameters(frame.atoms, state)
             cell = atoms.cell.array.reshape(1, 9) if atoms.pbc.any() else None
             types = [index[symbol] for symbol in atoms.symbols]
             e, f, w = model.eval(atoms.positions[None], cell, types, **extra)[:3]
@@ -177,12 +178,15 @@ def _deepmd(path: Path) -> Way:
     return evaluate
 
 
-def _parameters(atoms: ase.Atoms) -> dict[str, NDArray[np.float64]]:
-    found: dict[str, NDArray[np.float64]] = {}
-    if "fparam" in atoms.info:
-        found["fparam"] = np.asarray(atoms.info["fparam"], dtype=np.float64)[None]
-    if "aparam" in atoms.arrays:
-        found["aparam"] = np.asarray(atoms.arrays["aparam"], dtype=np.float64)[None]
+def _parameters(atoms: ase.Atoms, state: HeadState) -> dict[str, NDArray[np.float64]]:
+    """What the model reads beside the atoms, as deepmd-kit takes it."""
+    model, found = state.model, {}
+    if model.fitting.numb_fparam:
+        found["fparam"] = fparam_of(atoms, model, state.default_fparam)[None]
+    if model.fitting.numb_aparam:
+        found["aparam"] = aparam_of(atoms, model)[None]
+    if model.descriptor.reads_charge_spin:
+        found["charge_spin"] = charge_spin_of(atoms, model)[None]
     return found
 
 
@@ -212,6 +216,8 @@ def sample_structures(state: HeadState) -> list[Frame]:
             atoms.info["fparam"] = generator.uniform(0.0, 1.0, fitting.numb_fparam)
         if fitting.numb_aparam:
             atoms.arrays["aparam"] = generator.uniform(0.0, 1.0, (len(atoms), fitting.numb_aparam))
+        if state.model.descriptor.reads_charge_spin:
+            atoms.info |= {"charge": float(k - 1), "spin": float(k)}
         frames.append(make_frame(atoms, {}, dataset="made up", source="made up", index=k))
     return frames
 

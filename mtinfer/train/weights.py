@@ -79,7 +79,8 @@ def initial_weights(config: TrainConfig, models: Mapping[str, EnergyModel]) -> A
 
 def _drawn(config: TrainConfig, head: str, name: str, spec: ParameterSpec, heads: Sequence[str]) -> Tensor:
     model = next(task.model for task in config.tasks if task.name == head)
-    seed = zlib.crc32(f"{config.run.seed}/{head}/{name}".encode())
+    section = _described(name, model) if name.startswith("descriptor.") else model["fitting_net"]
+    seed = zlib.crc32(f"{config.run.seed}/{section.get('seed')}/{head}/{name}".encode())
     return initial_weight(name, spec, model, torch.Generator().manual_seed(seed), heads.index(head))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import ase
 import ase.io
 import pytest
+from ase.calculators.singlepoint import SinglePointCalculator
 from tiny_inputs import (
     DESCRIPTORS,
     FITTING,
@@ -481,12 +482,29 @@ def test_elements_that_are_not_in_the_type_map_are_found_at_once(kind: str, tmp_
         plan_of(content)
 
 
+@pytest.mark.parametrize("kind", ["training_data", "validation_data"])
+def test_parameters_that_frames_lack_are_found_at_once(kind: str, tmp_path: Path) -> None:
+    content = shared_input("dpa1strip")
+    content["model"]["model_dict"]["copper"]["fitting_net"]["numb_fparam"] = 1
+    data = content["training"]["data_dict"]["copper"]
+    for section in ("training_data", "validation_data"):
+        frames = [ase.Atoms("Cu2", [[0, 0, 0], [0, 0, 2.5]]) for _ in range(2)]
+        for k, atoms in enumerate(frames):
+            atoms.calc = SinglePointCalculator(atoms, energy=1.0)
+            if section != kind or k == 0:
+                atoms.info["fparam"] = [1.0]
+        ase.io.write(tmp_path / f"{section}.extxyz", frames)
+        data[section]["systems"] = [str(tmp_path / f"{section}.extxyz")]
+    with pytest.raises(DataError, match=f"{kind}.extxyz, frame 1: the model needs 1 frame parameters"):
+        plan_of(content)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
         ("batch_size", [1, 2, 3], "is [1, 2, 3]; expected a number, or a list of 2, one per system"),
         ("batch_size", "filter:2", "'filter:2' leaves no frame of "),
-        ("sys_probs", [1], "is [1.0]; expected a list of 2, one per system, none negative and not all 0"),
+        ("sys_probs", [1], "is [1.0]; expected a list of 2, one per system, not all 0"),
     ],
 )
 def test_settings_that_do_not_fit_the_data_are_named(key: str, value: Any, text: str) -> None:
@@ -514,13 +532,16 @@ def test_the_plan_says_what_will_be_done() -> None:
     content["model"]["model_dict"]["copper"]["data_bias_nsample"] = 5
     content["loss_dict"]["copper"]["huber_delta"] = 0.1
     content["training"]["data_dict"]["copper"]["stat_file"] = "x"
+    content["training"]["data_dict"]["copper"]["validation_data"]["auto_prob_style"] = "prob_uniform"
+    content["learning_rate"] = {"type": "cosine", "start_lr": 0.001, "decay_rate": 0.9}
     lines = list(describe_plan(plan_of(content)))
     assert lines[0].startswith("task clusters: se_atten, 6 frames in 3 systems, batch size 1, 6 frames for")
     assert "shared: fitting_net 'fit' by clusters, copper" in lines
     assert "graphs to compile: 1 for 2 tasks" in lines
     assert lines[-1] == (
         "without effect: training.disp_file, validating.save_best, model_dict.copper.data_bias_nsample, "
-        "loss_dict.copper.huber_delta, training.data_dict.copper.stat_file"
+        "loss_dict.copper.huber_delta, training.data_dict.copper.stat_file, learning_rate.decay_rate, "
+        "training.data_dict.copper.validation_data.auto_prob_style"
     )
 
 
@@ -529,7 +550,11 @@ def test_options_of_one_task_without_effect_are_named() -> None:
     content["model"]["data_bias_nsample"] = 5
     content["loss"]["huber_delta"] = 0.1
     content["training"]["stat_file"] = "x"
-    names = ("training.stat_file", "loss.huber_delta", "model.data_bias_nsample")
+    content["training"]["validation_data"] = {"systems": SYSTEMS["copper"], "sys_probs": [0.5, 0.5]}
+    names = (
+        *("training.stat_file", "loss.huber_delta", "model.data_bias_nsample"),
+        "training.validation_data.sys_probs",
+    )
     assert config_of(content).without_effect == names
 
 

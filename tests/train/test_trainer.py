@@ -16,6 +16,7 @@ import torch
 from tiny_inputs import DESCRIPTORS, SYSTEMS, plan_of, shared_input
 
 import mtinfer
+from mtinfer.checkpoint.archive import write
 from mtinfer.checkpoint.load import read
 from mtinfer.errors import CheckpointError, OutputError, TrainingError
 from mtinfer.potential import PredictionWarning
@@ -151,6 +152,22 @@ def test_an_earlier_training_is_replaced_by_force(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="would be removed by --force; choose another --output"):
         trained(tmp_path / "run", 3, start=source)
     assert again.keeper.newest.exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_earlier_training_is_replaced_when_the_new_one_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tmp_path, 2)
+    before = files(tmp_path)
+
+    def fail(self: Trainer) -> None:
+        raise TrainingError("the loss is not a number")
+
+    monkeypatch.setattr(Trainer, "_compile", fail)
+    with pytest.raises(TrainingError):
+        trained(tmp_path, 2, start=Start(force=True))
+    assert files(tmp_path) == before
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -416,11 +433,52 @@ def test_fine_tuning_keeps_the_formula_of_the_descriptor(
     assert str(caught.value).startswith(said)
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_fine_tuning_takes_a_fitting_net_of_the_same_formula(tmp_path: Path) -> None:
+    def started(folder: str, start: Start | None, **fitting: Any) -> Trainer:
+        given = shared_input("dpa1strip", numb_steps=1)
+        for head in given["model"]["model_dict"].values():
+            head["fitting_net"] = head["fitting_net"] | {"numb_fparam": 1} | fitting
+        return Trainer(plan_of(given), tmp_path / folder, start=start, mode="off")
+
+    source = started("a", None, default_fparam=[0.25])
+    source.run()
+    start = Start(finetune=tmp_path / "a" / "model.ckpt.pt", head="copper")
+    same = started("b", start, default_fparam=[1.5])
+    name = "fitting_net.nets.0.layers.0.w"
+    for own in same.weights.values():
+        assert torch.equal(own[name], source.weights["copper"][name])
+        assert own["fitting_net.default_fparam_tensor"].tolist() == [1.5]
+    with pytest.warns(UserWarning, match="of task '.*' has another form .* 'copper', and starts anew"):
+        other = started("c", start, default_fparam=[0.25], activation_function="gelu")
+    assert not torch.equal(other.weights["copper"][name], source.weights["copper"][name])
+
+
+def test_seeds_of_the_model_count(tmp_path: Path) -> None:
+    def weights(seeds: dict[str, int]) -> dict[str, torch.Tensor]:
+        given = shared_input("dpa1strip")
+        given["model"]["shared_dict"]["desc"]["seed"] = seeds["descriptor"]
+        given["model"]["model_dict"]["copper"]["fitting_net"]["seed"] = seeds["fitting_net"]
+        trainer = Trainer(plan_of(given), tmp_path, start=Start(force=True), mode="off")
+        return trainer.weights["copper"]
+
+    names = {
+        "descriptor": "descriptor.se_atten.embeddings.0.layers.0.w",
+        "fitting_net": "fitting_net.nets.0.layers.0.w",
+    }
+    first, again = (weights({"descriptor": 1, "fitting_net": 1}) for _ in range(2))
+    for part, name in names.items():
+        other = weights({"descriptor": 1, "fitting_net": 1} | {part: 2})
+        for each, tensor in names.items():
+            assert torch.equal(first[tensor], again[tensor])
+            assert torch.equal(first[tensor], other[tensor]) == (each != part), name
+
+
 def test_fine_tuning_as_another_dialect_is_warned_of(tmp_path: Path) -> None:
     given = shared_input("dpa1", numb_steps=1)
     Trainer(plan_of(given, dialect="pt"), tmp_path / "a", mode="off").run()
     start = Start(finetune=tmp_path / "a" / "model.ckpt.pt", head="copper")
-    with pytest.warns(UserWarning, match="is of the dialect pt, and goes on as pt_expt, .*; --dialect pt"):
+    with pytest.warns(UserWarning, match="selects neighbours as the dialect pt does, .*; --dialect pt"):
         Trainer(plan_of(given), tmp_path / "b", start=start, mode="off")
     Trainer(plan_of(given, dialect="pt"), tmp_path / "c", start=start, mode="off")
 
@@ -432,8 +490,10 @@ def test_another_checkpoint_can_not_be_resumed(tmp_path: Path) -> None:
     del stripped["mtinfer"]
     torch.save(stripped, tmp_path / "foreign.pt")
     plan = plan_of(shared_input("dpa1strip"))
-    with pytest.raises(CheckpointError, match="holds no state of a training of mtinfer; use --finetune"):
-        Trainer(plan, tmp_path, start=Start(resume=tmp_path / "foreign.pt"), mode="off")
+    write(read(path), tmp_path / "converted.safetensors")
+    for name in ("foreign.pt", "converted.safetensors"):
+        with pytest.raises(CheckpointError, match="holds no state of a training of mtinfer; use --finetune"):
+            Trainer(plan, tmp_path, start=Start(resume=tmp_path / name), mode="off")
     with pytest.raises(
         CheckpointError, match="is at step 2 of 2, and no step is left; give more with --steps"
     ):
