@@ -77,9 +77,10 @@ def test_a_single_evaluation_never_compiles(monkeypatch: pytest.MonkeyPatch, tmp
     in_small_parts(monkeypatch, 10)
     path = DATA / "reference/checkpoints/dpa3-shared-pt.pt"
     potential = mtinfer.load(path, device="cpu")
+    atoms, _ = expected(path, potential.heads[0])[0]
     n_threads = threading.active_count()
     for _ in range(3):
-        predictions(potential, path, potential.heads[0])
+        potential.evaluate(atoms, potential.heads[0])
     assert threading.active_count() == n_threads
     assert len(potential.graphs) > 1
 
