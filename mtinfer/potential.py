@@ -431,26 +431,29 @@ def load(
     path = Path(path)
     if path.exists():
         path = path.resolve()  # a link may lead to another file, later
+    loads_again = partial(_load_again, path, _state(path), device=where, dtype=dtype, tabulate=tabulate)
     checkpoint = read_checkpoint(path)
     if dtype is not None:
         checkpoint = with_precision(checkpoint, _dtype(dtype))
     heads, refused = head_states(checkpoint, where, mode, tabulate=tabulate)
     if not heads:
         raise UnsupportedModelError("; ".join(refused.values()))
-    loads_again = partial(_load_again, path, _state(path), device=where, dtype=dtype, tabulate=tabulate)
     return Potential(heads, refused, where, loads_again=loads_again)
 
 
-def _load_again(path: Path, state: tuple[int, int], **options: Any) -> Potential:
+def _load_again(path: Path, state: tuple[int, int] | None, **options: Any) -> Potential:
     """Load the file of a pickled potential."""
-    if path.exists() and _state(path) != state:
+    if _state(path) not in (None, state):
         raise CheckpointError(f"{str(path)!r} is another file than the one that was pickled; load it anew")
     return load(path, **options)
 
 
-def _state(path: Path) -> tuple[int, int]:
-    """Size and time of a file, which tell whether it was replaced."""
-    found = path.stat()
+def _state(path: Path) -> tuple[int, int] | None:
+    """Size and time of a file, which tell whether it was replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
     return found.st_size, found.st_mtime_ns
 
 

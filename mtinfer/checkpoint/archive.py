@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ def write(
         ),
         shared=shared,
         equal=equal,
+        digest=_digest(tensors),
     )
     _save(path, tensors, schema.serialize(description))
     return tuple(record.name for record in records)
@@ -123,6 +124,15 @@ def _pack(
             else:
                 tensors[weight] = tensor
     return tensors, shared, equal
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Checksum of tensors with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).numpy().data)
+    return digest.hexdigest()
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -166,6 +176,8 @@ def read(path: Path) -> Checkpoint:
     metadata, stored = read_safetensors_header(path)
     description = schema.parse(str(path), metadata, stored)
     tensors = _load_tensors(path)
+    if description.digest not in (None, _digest(tensors)):
+        raise CheckpointError(f"{str(path)!r} is damaged: its weights have another checksum; convert again")
     weights = description.weights(stored)
     owned: dict[str, torch.Tensor] = {}
 

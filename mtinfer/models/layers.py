@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -311,6 +312,40 @@ def switch(r: Tensor, rcut_smth: float, rcut: float) -> Tensor:
     """
     u = (torch.clamp(r, rcut_smth, rcut) - rcut_smth) / (rcut - rcut_smth)
     return u * u * u * (-6.0 * u * u + 15.0 * u - 10.0) + 1.0
+
+
+#: values of option `update_style`
+_STYLES = ("res_avg", "res_incr", "res_residual")
+
+
+def check_update_style(style: str, where: str) -> None:
+    """Raise UnsupportedModelError for a style that `updated` does not know."""
+    if style not in _STYLES:
+        raise UnsupportedModelError(
+            f"{where} update_style {style!r} is unknown; known are {', '.join(_STYLES)}"
+        )
+
+
+def updated(
+    style: str, kind: str, old: Tensor, terms: Sequence[Tensor], weights: Weights, *, first: int = 0
+) -> Tensor:
+    """Features of message passing and what they receive; "res_residual" has a weight for every term.
+
+    Parameters
+    ----------
+    style
+        option `update_style`.
+    kind, first
+        the weight of term k is ``<kind>_residual.<first + k>``.
+    """
+    new = old
+    for k, term in enumerate(terms, first):
+        if style == "res_residual":
+            term = term * weights[f"{kind}_residual.{k}"]
+        elif style == "res_incr":
+            term = term / math.sqrt(len(terms))
+        new = new + term
+    return new / math.sqrt(len(terms) + 1) if style == "res_avg" else new
 
 
 def required(config: Mapping[str, Any], key: str, where: str) -> Any:

@@ -19,14 +19,13 @@ from ..inputs import ParameterSpec
 from .activations import activation
 from .environment import statistics_parameters
 from .gather import Index, gather, settled
-from .layers import Weights, safe_norm, switch, without_prefix
+from .layers import Weights, check_update_style, safe_norm, switch, without_prefix
 from .layout import Argument
 from .repflow_layer import Lists, RepflowLayer, Surroundings
 from .stage import Call, Nearby, Tensors, joined, pieces
 
 BLOCK = "descriptor.repflows"
 _GEOMETRY = f"{BLOCK}.geometry."
-_STYLES = ("res_avg", "res_incr", "res_residual")
 _PAIRS = ("node_edge_linear", "edge_self_linear")
 _TRIPLES = ("edge_angle_linear1", "angle_self_linear")
 _ALIASES = {"edge_use_dist": "edge_init_use_dist", "use_env_envelope": "use_exp_switch"}
@@ -71,10 +70,7 @@ class RepflowOptions:
         """
         config = {_ALIASES.get(key, key): value for key, value in config.items()}
         options = cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
-        if options.update_style not in _STYLES:
-            raise UnsupportedModelError(
-                f"repflow update_style {options.update_style!r} is unknown; known are {', '.join(_STYLES)}"
-            )
+        check_update_style(options.update_style, "repflow")
         if options.use_dynamic_sel and not options.smooth_edge_update:
             raise UnsupportedModelError("repflow option use_dynamic_sel=true needs smooth_edge_update=true")
         if options.sequential_update and not (

@@ -12,9 +12,9 @@ centres, and `Surroundings` are those of the atoms that are near them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .activations import activation
 from .gather import Index, gather, moment, segment_sum
-from .layers import Weights
+from .layers import Weights, updated
 from .layout import Argument
 from .stage import Tensors
 
@@ -155,38 +155,25 @@ class RepflowLayer:
         nothing = w[:0]
         angle, v, v_second = (rest.pop(0) for _ in range(3)) if self.reads_angles else (nothing,) * 3
         geometry, around = Geometry(w, vectors, v, v_second), Surroundings(*rest)
-        act = activation(self.activation)
+        act, update = activation(self.activation), partial(updated, self.options.update_style)
         read = _Messages(self.options, act, Lists.of(fixed), geometry, around, weights)
         old_angle = angle * weights["angle_embd"] if self.from_cosine and self.updates_angles else angle
         if self.options.sequential_update:
-            edge = _step("e", 0, edge, read.of_pair("edge_self_linear", node, edge), weights)
+            edge = update("e", edge, [read.of_pair("edge_self_linear", node, edge)], weights)
             message = read.of_triple("angle_self_linear", node, edge, angle)
-            angle = _step("a", 0, old_angle, message, weights)
-            edge = _step("e", 1, edge, read.of_angles(node, edge, angle), weights)
-            return self._update("n", node, read.of_neighbors(node, edge), weights), edge, angle
-        new = [self._update("n", node, read.of_neighbors(node, edge), weights)]
+            angle = update("a", old_angle, [message], weights)
+            edge = update("e", edge, [read.of_angles(node, edge, angle)], weights, first=1)
+            return update("n", node, read.of_neighbors(node, edge), weights), edge, angle
+        new = [update("n", node, read.of_neighbors(node, edge), weights)]
         if self.updates_edges:
             terms = [read.of_pair("edge_self_linear", node, edge)]
             if self.reads_angles:
                 terms.append(read.of_angles(node, edge, angle))
-            new.append(self._update("e", edge, terms, weights))
+            new.append(update("e", edge, terms, weights))
         if self.updates_angles:
             term = read.of_triple("angle_self_linear", node, edge, angle)
-            new.append(self._update("a", old_angle, [term], weights))
+            new.append(update("a", old_angle, [term], weights))
         return tuple(new)
-
-    def _update(self, kind: str, old: Tensor, terms: Sequence[Tensor], weights: Weights) -> Tensor:
-        style, new = self.options.update_style, old
-        for i, term in enumerate(terms):
-            if style == "res_residual":
-                new = _step(kind, i, new, term, weights)
-            else:
-                new = new + (term / math.sqrt(len(terms)) if style == "res_incr" else term)
-        return new / math.sqrt(len(terms) + 1) if style == "res_avg" else new
-
-
-def _step(kind: str, i: int, old: Tensor, term: Tensor, weights: Weights) -> Tensor:
-    return old + term * weights[f"{kind}_residual.{i}"]
 
 
 @dataclass(frozen=True)

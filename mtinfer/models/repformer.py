@@ -12,24 +12,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModelError
 from ..inputs import ParameterSpec
 from .activations import activation
 from .environment import Environment, statistics, statistics_parameters
 from .fading_softmax import SHIFT, fading_softmax, saturated_slots, slot_occupancy
 from .gather import Index, gather, settled
-from .layers import Weights, required, row_peak, row_sum, safe_norm, switch, without_prefix
+from .layers import (
+    Weights,
+    check_update_style,
+    required,
+    row_peak,
+    row_sum,
+    safe_norm,
+    switch,
+    updated,
+    without_prefix,
+)
 from .layout import Argument
 from .stage import Call, Nearby, Tensors, joined, pieces
 
 BLOCK = "descriptor.repformers"
 _GEOMETRY = f"{BLOCK}.geometry."
-_STYLES = ("res_avg", "res_incr", "res_residual")
 
 
 @dataclass(frozen=True)
@@ -78,10 +87,7 @@ class RepformerOptions:
             if f.name in config or f.default is MISSING
         }
         options = cls(**given)
-        if options.update_style not in _STYLES:
-            raise UnsupportedModelError(
-                f"repformer update_style {options.update_style!r} is unknown; known are {', '.join(_STYLES)}"
-            )
+        check_update_style(options.update_style, "repformer")
         return options
 
 
@@ -397,13 +403,14 @@ class RepformerLayer:
         neighbors, order, starts = fixed
         edges = self._edges(weight, *occupancy)
         g1_j = gather(nearby, Index(neighbors.flatten(), order, starts)).unflatten(0, neighbors.shape)
-        new_g1 = self._update("g1", g1, self._g1_terms(g1, g1_j, g2, h2, edges, weights), weights)
+        update = partial(updated, self.options.update_style)
+        new_g1 = update("g1", g1, self._g1_terms(g1, g1_j, g2, h2, edges, weights), weights)
         if not self.updates_edges:
             return (new_g1,)
         pairs = self._pairs(h2, edges) if self.block.has_edge_attention else None
         g2_terms, h2_terms = self._edge_terms(g1, g1_j, g2, h2, edges, pairs, weights)
-        new = (new_g1, self._update("g2", g2, g2_terms, weights))
-        return (*new, self._update("h2", h2, h2_terms, weights)) if self.options.update_h2 else new
+        new = (new_g1, update("g2", g2, g2_terms, weights))
+        return (*new, update("h2", h2, h2_terms, weights)) if self.options.update_h2 else new
 
     def _edges(self, weight: Tensor, occupancy: Tensor | None = None) -> _Edges:
         o = self.options
@@ -414,17 +421,6 @@ class RepformerLayer:
         per_neighbor = 1.0 / (1e-4 + count)
         of_moment = 1.0 / (1e-4 + torch.sqrt(count)) if o.use_sqrt_nnei else per_neighbor
         return _Edges(weight, of_moment, per_neighbor, occupancy)
-
-    def _update(self, name: str, old: Tensor, terms: Sequence[Tensor], own: Weights) -> Tensor:
-        style = self.options.update_style
-        new = old
-        for i, term in enumerate(terms):
-            if style == "res_residual":
-                term = term * own[f"{name}_residual.{i}"]
-            elif style == "res_incr":
-                term = term / math.sqrt(len(terms))
-            new = new + term
-        return new / math.sqrt(len(terms) + 1) if style == "res_avg" else new
 
     def _g1_terms(
         self, g1: Tensor, g1_j: Tensor, g2: Tensor, h2: Tensor, edges: _Edges, own: Weights

@@ -15,9 +15,9 @@ from ..descriptor_kinds import KINDS, kind_of
 from ..errors import CheckpointError, ConfigError, nearest
 from ..models.hybrid import member_name
 from . import schema
-from .kinds import NOT_NEGATIVE, SECTION, WITHOUT_EFFECT
 from .loss import LossConfig
 from .schema import complete
+from .values import NOT_NEGATIVE, SECTION, WITHOUT_EFFECT
 
 __all__ = ["DataConfig", "Link", "OptimizerConfig", "RunOptions", "TaskConfig", "TrainConfig", "read_config"]
 

@@ -15,7 +15,7 @@ from ..errors import ConfigError, nearest
 from ..models.dpa2 import REPINIT_DEFAULTS
 from ..models.repflow import RepflowOptions
 from ..models.repformer import RepformerOptions
-from .kinds import BOOL, KINDS, WITHOUT_EFFECT
+from .values import BOOL, VALUES, WITHOUT_EFFECT
 
 __all__ = ["DESCRIPTORS", "NEIGHBOR_COUNTS", "Section", "complete"]
 
@@ -99,7 +99,7 @@ def complete(given: object, section: Section, where: str) -> dict[str, Any]:
             )
     for name, default in section.defaults.items():
         if name in found and name not in section.only and not (found[name] is None and default is None):
-            kind = BOOL if isinstance(default, bool) else KINDS[name]
+            kind = BOOL if isinstance(default, bool) else VALUES[name]
             kind.check(found[name], f"{path}{name}")
     for name, symbol, other in section.order:
         bound = found[other][-1] if isinstance(found[other], list) else found[other]

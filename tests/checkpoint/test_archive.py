@@ -274,6 +274,13 @@ def test_truncated_file(converted: Path, size: int) -> None:
     raises_one_line(converted, "is truncated or damaged")
 
 
+def test_changed_weight(converted: Path) -> None:
+    content = bytearray(converted.read_bytes())
+    content[-1] ^= 1
+    converted.write_bytes(content)
+    raises_one_line(converted, "is damaged: its weights have another checksum; convert again")
+
+
 def test_newer_schema(converted: Path) -> None:
     rewrite(converted, stored_text(converted) | {"schema": 2})
     raises_one_line(converted, "has schema version 2, this mtinfer reads 1")

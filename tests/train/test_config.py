@@ -28,9 +28,9 @@ from mtinfer.errors import ConfigError, DataError
 from mtinfer.models.activations import activation
 from mtinfer.train import schema
 from mtinfer.train.config import Link, read_config
-from mtinfer.train.kinds import KINDS
 from mtinfer.train.plan import describe_plan
 from mtinfer.train.schema import ABSENT, REQUIRED, Section
+from mtinfer.train.values import VALUES
 from mtinfer.train.weights import initial_weights
 
 
@@ -339,16 +339,16 @@ def test_every_key_has_a_kind_and_every_default_is_of_it() -> None:
             if key in section.only:
                 assert default in section.only[key] or default is ABSENT, key
             elif not isinstance(default, bool):
-                assert key in KINDS, key
+                assert key in VALUES, key
                 if default is not None and default is not ABSENT and default is not REQUIRED:
-                    KINDS[key].check(default, key)
+                    VALUES[key].check(default, key)
         assert set(section.refused).isdisjoint(section.defaults)
         assert {key for first, _, other in section.order for key in (first, other)} <= set(section.defaults)
-    assert set(KINDS) <= used
+    assert set(VALUES) <= used
 
 
 def test_all_activation_functions_that_are_named_are_known() -> None:
-    _, _, names = KINDS["activation_function"].words.partition(": ")
+    _, _, names = VALUES["activation_function"].words.partition(": ")
     for name in names.replace("[:threshold]", ":2.0").split(", "):
         activation(name)
 

@@ -11,11 +11,11 @@ from typing import Any
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.activations import activation
 
-__all__ = ["BOOL", "KINDS", "NOT_NEGATIVE", "SECTION", "WITHOUT_EFFECT", "Kind"]
+__all__ = ["BOOL", "NOT_NEGATIVE", "SECTION", "VALUES", "WITHOUT_EFFECT", "Values"]
 
 
 @dataclass(frozen=True)
-class Kind:
+class Values:
     """Values that a key takes."""
 
     #: what follows "expected"
@@ -89,27 +89,29 @@ def _activation(value: Any) -> bool:
         return False
 
 
-ANYTHING = Kind("anything", lambda _: True)
-BOOL = Kind("true or false", lambda x: isinstance(x, bool))
-NAME = Kind("a name", lambda x: isinstance(x, str) and x != "")
-NAMES = Kind("a list of names", lambda x: _list(x, NAME.accepts))
-SECTION = Kind("a section {...}", lambda x: isinstance(x, Mapping))
-NUMBER = Kind("a number", _real)
-POSITIVE = Kind("a positive number", lambda x: _real(x) and x > 0)
-NOT_NEGATIVE = Kind("a number that is not negative", lambda x: _real(x) and x >= 0)
-SHARE = Kind("a number above 0 and up to 1", lambda x: _real(x) and 0 < x <= 1)
-DECAY = Kind("a number from 0 to below 1", lambda x: _real(x) and 0 <= x < 1)
-SIZE = Kind("a positive integer", lambda x: _whole(x) and x > 0)
-SIZE_OR_ZERO = Kind("an integer that is not negative", _index)
-SIZES = Kind("a list of positive integers", lambda x: bool(x) and _list(x, SIZE.accepts))
-SEED = Kind("an integer that is not negative, or null", lambda x: x is None or _index(x))
-INDICES = Kind("a list of indices into type_map", lambda x: _list(x, _index))
-PAIRS = Kind("a list of pairs of indices into type_map, as in [[0, 1]]", lambda x: _list(x, _pair))
-ENERGIES = Kind("a list of numbers, one per entry of type_map, or null for none", lambda x: _list(x, _energy))
-NUMBERS = Kind("a list of numbers", lambda x: _list(x, _real))
-WEIGHTS = Kind("a list of numbers that are not negative", lambda x: _list(x, NOT_NEGATIVE.accepts))
-COUNT = Kind("a positive integer, 'auto' or 'auto:FACTOR'", _count)
-COUNTS = Kind(
+ANYTHING = Values("anything", lambda _: True)
+BOOL = Values("true or false", lambda x: isinstance(x, bool))
+NAME = Values("a name", lambda x: isinstance(x, str) and x != "")
+NAMES = Values("a list of names", lambda x: _list(x, NAME.accepts))
+SECTION = Values("a section {...}", lambda x: isinstance(x, Mapping))
+NUMBER = Values("a number", _real)
+POSITIVE = Values("a positive number", lambda x: _real(x) and x > 0)
+NOT_NEGATIVE = Values("a number that is not negative", lambda x: _real(x) and x >= 0)
+SHARE = Values("a number above 0 and up to 1", lambda x: _real(x) and 0 < x <= 1)
+DECAY = Values("a number from 0 to below 1", lambda x: _real(x) and 0 <= x < 1)
+SIZE = Values("a positive integer", lambda x: _whole(x) and x > 0)
+SIZE_OR_ZERO = Values("an integer that is not negative", _index)
+SIZES = Values("a list of positive integers", lambda x: bool(x) and _list(x, SIZE.accepts))
+SEED = Values("an integer that is not negative, or null", lambda x: x is None or _index(x))
+INDICES = Values("a list of indices into type_map", lambda x: _list(x, _index))
+PAIRS = Values("a list of pairs of indices into type_map, as in [[0, 1]]", lambda x: _list(x, _pair))
+ENERGIES = Values(
+    "a list of numbers, one per entry of type_map, or null for none", lambda x: _list(x, _energy)
+)
+NUMBERS = Values("a list of numbers", lambda x: _list(x, _real))
+WEIGHTS = Values("a list of numbers that are not negative", lambda x: _list(x, NOT_NEGATIVE.accepts))
+COUNT = Values("a positive integer, 'auto' or 'auto:FACTOR'", _count)
+COUNTS = Values(
     "a positive integer, a list of one per entry of type_map, 'auto' or 'auto:FACTOR'",
     lambda x: _count(x) or (_list(x, _index) and sum(x) > 0),
 )
@@ -133,7 +135,7 @@ WITHOUT_EFFECT = (
 )
 #: key -> values that it takes, in any section. A key whose default is true or false takes these; one whose
 #: default is null takes null, too; and one with a list of supported values (`Section.only`) takes these
-KINDS: dict[str, Kind] = {
+VALUES: dict[str, Values] = {
     key: kind
     for kind, keys in (
         (
@@ -182,19 +184,21 @@ KINDS: dict[str, Kind] = {
     for key in keys.split()
 } | {
     **dict.fromkeys(WITHOUT_EFFECT, ANYTHING),
-    "activation_function": Kind(
+    "activation_function": Values(
         "an activation function: tanh, relu, relu6, sigmoid, softplus, gelu, gelu_tf, silu, none, linear, "
         "silut[:threshold]",
         _activation,
     ),
-    "default_chg_spin": Kind("charge and spin, as in [0, 1]", lambda x: _list(x, _real) and len(x) == 2),
-    "preset_out_bias": Kind(
+    "default_chg_spin": Values("charge and spin, as in [0, 1]", lambda x: _list(x, _real) and len(x) == 2),
+    "preset_out_bias": Values(
         "{'energy': [...]}, a number or null per entry of type_map",
         lambda x: isinstance(x, Mapping) and x.keys() == {"energy"} and _list(x["energy"], _energy),
     ),
-    "systems": Kind("a path or a list of paths", lambda x: bool(x) and (NAME.accepts(x) or NAMES.accepts(x))),
-    "batch_size": Kind(
+    "systems": Values(
+        "a path or a list of paths", lambda x: bool(x) and (NAME.accepts(x) or NAMES.accepts(x))
+    ),
+    "batch_size": Values(
         "a positive integer, a list of one per system, 'auto', 'auto:N', 'max:N' or 'filter:N'", _batch_size
     ),
-    "auto_prob": Kind("prob_uniform or prob_sys_size[;start:end:weight]...", _blocks),
+    "auto_prob": Values("prob_uniform or prob_sys_size[;start:end:weight]...", _blocks),
 }
