@@ -1,9 +1,9 @@
 """What `mtinfer.graph` changes in the code that Inductor writes for processors (torch 2.13).
 
 No option of Inductor does any of this: its transposed tiles are switched off, since they give wrong numbers;
-exp, sigmoid and tanh are shorter; products are written out, since MKL is slow in small ones (by a factor of up
-to three on processors that are not Intel's); so are the operators of `mtinfer.models.gather`, which are calls
-of Python otherwise; indices are not checked.
+exp, sigmoid and tanh are shorter; products are written out, since MKL is slow in small ones (up to three
+times the time on processors that are not Intel's); so are the operators of `mtinfer.models.gather`, which are
+calls of Python otherwise; indices are not checked.
 """
 
 from __future__ import annotations
