@@ -163,7 +163,7 @@ def parse_config(content: object, path: Path) -> TrainConfig:
         shared_dict=shared,
         tasks=tasks,
         links=links,
-        learning_rate=complete(top["learning_rate"], schema.LEARNING_RATE, "learning_rate"),
+        learning_rate=_learning_rate(top),
         optimizer=_optimizer(top["optimizer"]),
         run=_run(training),
         without_effect=tuple(_without_effect(top, training, heads, multitask)),
@@ -184,8 +184,8 @@ def _without_effect(
             unread = where == "validating" and key != "full_validation" and key[:1] != "_"
             if unread or key in (*WITHOUT_EFFECT, "data_bias_nsample", "huber_delta"):
                 yield f"{where}.{key}"
-    rate = top["learning_rate"]
-    others = {key for kind, keys in schema.KEYS_OF_SCHEDULES.items() if kind != rate["type"] for key in keys}
+    rate, own = top["learning_rate"], _learning_rate(top)["type"]
+    others = {key for kind, keys in schema.KEYS_OF_SCHEDULES.items() if kind != own for key in keys}
     yield from (f"learning_rate.{key}" for key in rate if key in others)
     for where, data in _data_sections(training, heads, multitask):
         validation = data.get("validation_data") or {}
@@ -493,6 +493,10 @@ def _data(given: Any, section: schema.Section, where: str) -> DataConfig:
 
 
 # ---- run ---------------------------------------------------------------------------------------------
+
+
+def _learning_rate(top: Mapping[str, Any]) -> dict[str, Any]:
+    return complete(top["learning_rate"], schema.LEARNING_RATE, "learning_rate")
 
 
 def _optimizer(given: Mapping[str, Any]) -> OptimizerConfig:

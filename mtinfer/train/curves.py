@@ -29,9 +29,8 @@ class LearningCurve:
     """File ``lcurve.csv``: a row for every task at every display.
 
     Training errors are those of all batches since the display before (of several processes, those of the
-    first); validation errors are those of the
-    task's validation batches. Root mean squares: energy per atom (eV), force component (eV/Å), virial per
-    atom (eV); empty where there is no label.
+    first); validation errors are those of the task's validation batches. Root mean squares: energy per atom
+    (eV), force component (eV/Å), virial per atom (eV); empty where there is no label.
 
     Parameters
     ----------

@@ -202,15 +202,15 @@ class Trainer:
         run, n_steps = self.plan.config.run, self.plan.schedule.n_steps
         curve: LearningCurve | None = None
         self._compile()
-        began = time.monotonic()
-        self._last_display = began, self.step
+        began, start = time.monotonic(), self.step
+        self._last_display = began, start
         with _interruptible() as asked:
             while self.step < n_steps:
                 lr, stop = self._advance(asked)
                 tick(self.step)
                 stop = stop or (self.ranks.size == 1 and asked())
                 if curve is None and self.ranks.is_first:  # an earlier training goes when this one works
-                    curve = self._files()
+                    curve = self._files(start)
                 last = self.step == n_steps
                 if self.step % run.disp_freq == 0 or last:
                     self._display(curve, lr, time.monotonic() - began, shown)
@@ -220,9 +220,9 @@ class Trainer:
                     break
         return self.step == n_steps
 
-    def _files(self) -> LearningCurve:
+    def _files(self, start: int) -> LearningCurve:
         self.keeper.clear()
-        return LearningCurve(self.folder / CURVE, step=self.step)
+        return LearningCurve(self.folder / CURVE, step=start)
 
     def _compile(self) -> None:
         """Make every graph ready, and let it pass its self-check, on the first process before the others."""

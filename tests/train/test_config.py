@@ -545,6 +545,14 @@ def test_the_plan_says_what_will_be_done() -> None:
     )
 
 
+def test_the_type_of_a_learning_rate_may_be_left_out() -> None:
+    content = shared_input("dpa1strip")
+    content["learning_rate"] = {"start_lr": 0.001, "decay_type": "linear", "decay_steps": 10}
+    config = config_of(content)
+    assert config.learning_rate["type"] == "exp"
+    assert config.without_effect == ("learning_rate.decay_type",)
+
+
 def test_options_of_one_task_without_effect_are_named() -> None:
     content = _single_task_input()
     content["model"]["data_bias_nsample"] = 5

@@ -192,6 +192,15 @@ def test_a_resumed_run_removes_only_its_own_checkpoints(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_resumed_run_replaces_the_later_rows_of_the_curve(tmp_path: Path) -> None:
+    options = {"disp_freq": 1, "save_freq": 1}
+    trained(tmp_path, 4, **options)
+    trained(tmp_path, 5, start=Start(resume=tmp_path / "model.ckpt-2.pt"), **options)
+    steps = [row["step"] for row in rows(tmp_path) if row["task"] == "copper"]
+    assert steps == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_checkpoints_may_have_a_folder_of_their_own(tmp_path: Path) -> None:
     options = {"save_ckpt": "kept/best", "disp_freq": 3}
     trained(tmp_path, 4, stop=2, **options)
