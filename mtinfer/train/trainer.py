@@ -237,7 +237,7 @@ class Trainer:
                     step(batch, task.config.loss.labels(batch, 1.0), self.weights[task.name])
             self.ranks.wait()
 
-    def _advance(self, asked: Callable[[], bool] = lambda: False) -> tuple[float, bool]:
+    def _advance(self, asked: Callable[[], bool]) -> tuple[float, bool]:
         """One step; returns its learning rate, and whether any process was asked to stop."""
         lr = self.plan.schedule(self.step)
         k, index, chosen = self.sampler.draw(self.step)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ase.data import chemical_symbols
@@ -158,6 +159,17 @@ def test_missing_labels_have_no_weight() -> None:
     assert labels.energy_weight.all()
     labels = batch_and_labels(plan, 1)[1]
     assert labels.virial_weight.all()
+
+
+def test_virials_of_open_structures_are_no_labels() -> None:
+    task = plan_of(shared_input("dpa1strip")).tasks[0]
+    frame = replace(task.systems[0].frames[0], virial=np.eye(3))
+    boxed = frame.atoms.copy()
+    boxed.set_cell([9.0, 9.0, 9.0])
+    boxed.pbc = True
+    batch = make_batch([frame, replace(frame, atoms=boxed)], task.model, None)
+    assert batch.has[:, 2].tolist() == [0.0, 1.0]
+    assert batch.virial[0].abs().max() == 0.0
 
 
 def test_terms_are_means_over_the_frames_that_have_the_label() -> None:
