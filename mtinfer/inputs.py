@@ -45,7 +45,12 @@ class GraphInputs:
     aparam: torch.Tensor
     #: (n_frames, 2) float64, total charge and spin (read by DPA-3 models with a charge/spin embedding)
     charge_spin: torch.Tensor
-    n_frames: int
+    #: atoms of each structure
+    sizes: list[int]
+
+    @property
+    def n_frames(self) -> int:
+        return len(self.sizes)
 
     @property
     def n_atoms(self) -> int:

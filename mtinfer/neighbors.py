@@ -221,15 +221,15 @@ def graph_inputs(
         neighbors.append(pairs.neighbors.index_select(0, inside) + offset)
         displacements.append(vectors.index_select(0, inside))
         offset += pairs.n_atoms
-    sizes = torch.tensor([len(atoms) for atoms in structures])
+    sizes = [len(atoms) for atoms in structures]
     return GraphInputs(
         types=torch.from_numpy(np.concatenate(types)).to(device),
-        frames=torch.repeat_interleave(sizes).to(device),
+        frames=torch.repeat_interleave(torch.tensor(sizes)).to(device),
         centers=torch.cat(centers),
         neighbors=torch.cat(neighbors),
         displacements=torch.cat(displacements),
         fparam=fparam,
         aparam=aparam,
         charge_spin=charge_spin,
-        n_frames=len(structures),
+        sizes=sizes,
     )

@@ -325,9 +325,9 @@ class Potential:
             energies[layout.atoms] += atom_energies
             gradients.append(gradient)
         forces, virials = forces_and_virial(edge_gradients(layouts, gradients, inputs), inputs)
+        energies, forces, virials = (x.cpu() for x in (energies, forces, virials))
         if not (torch.isfinite(energies).all() and torch.isfinite(forces).all()):
             raise StructureError(_not_finite(inputs))
-        sizes = torch.bincount(inputs.frames, minlength=inputs.n_frames).tolist()
         return [
             Prediction(
                 energy=float(atom_energy.sum()),
@@ -338,10 +338,7 @@ class Potential:
                 head=state.name,
             )
             for atom_energy, force, virial in zip(
-                torch.split(energies.cpu(), sizes),
-                torch.split(forces.cpu(), sizes),
-                virials.cpu(),
-                strict=True,
+                torch.split(energies, inputs.sizes), torch.split(forces, inputs.sizes), virials, strict=True
             )
         ]
 

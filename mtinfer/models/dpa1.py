@@ -404,22 +404,11 @@ class DPA1:
 
     def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]:
         """Padded neighbour matrices, a few centres each."""
-        counts = torch.bincount(pairs.centers, minlength=inputs.n_atoms)
         limit = _SLOTS_PER_CALL_WITH_ATTENTION if self.attention.n_layers else None
-        return self.matrices(inputs, pairs, counts, row_chunks(counts, split=split, limit=limit))
+        return self.matrices(inputs, pairs, row_chunks(pairs.counts, split=split, limit=limit))
 
-    def matrices(
-        self, inputs: GraphInputs, pairs: Pairs, counts: Tensor, calls: Sequence[Tensor]
-    ) -> list[Layout]:
-        """One padded neighbour matrix per call.
-
-        Parameters
-        ----------
-        counts
-            shape (n_atoms,), pairs of every centre.
-        calls
-            centres of each, shape (n,).
-        """
+    def matrices(self, inputs: GraphInputs, pairs: Pairs, calls: Sequence[Tensor]) -> list[Layout]:
+        """One padded neighbour matrix per call, whose centres `calls` lists, shape (n,)."""
         vectors = VectorsOnSlots(inputs.displacements, pairs.edges, self.rcut)
         types_j = with_empty(inputs.types.index_select(0, pairs.neighbors), 0)
         types_i = inputs.types * self.n_types
@@ -427,7 +416,7 @@ class DPA1:
         n_empty, n_phantom = pairs.n_empty[:, 0].to(torch.float64), pairs.n_phantom.to(torch.float64)
         layouts = []
         for atoms in calls:
-            slots = padded_rows(counts, atoms)
+            slots = padded_rows(pairs.counts, atoms)
             displacements, edges = vectors(slots)
             tensors = (
                 inputs.types[atoms],

@@ -210,12 +210,10 @@ class DPA2:
         With `split` the centres come in the order of their number of neighbours in the repformer, so that
         parts (`in_parts`) have few empty slots.
         """
-        n_near = torch.bincount(pairs.inner[0].centers, minlength=inputs.n_atoms)
-        atoms = torch.argsort(n_near, stable=True) if split else torch.arange(inputs.n_atoms).to(n_near)
-        row = torch.empty_like(atoms)
-        row[atoms] = torch.arange(inputs.n_atoms).to(atoms)
-        counts = torch.bincount(pairs.centers, minlength=inputs.n_atoms)
-        (layout,) = self.repinit.matrices(inputs, pairs, counts, [atoms])
+        in_order = torch.arange(inputs.n_atoms, device=inputs.types.device)
+        atoms = torch.argsort(pairs.inner[0].counts, stable=True) if split else in_order
+        row = torch.empty_like(atoms).index_copy_(0, atoms, in_order)
+        (layout,) = self.repinit.matrices(inputs, pairs, [atoms])
         layout, neighbors = _extended(layout, inputs, pairs.inner[0], self.repformer.environment.rcut)
         neighbors = row[neighbors]
         tensors = [*layout.tensors, neighbors, *Index.of(neighbors.flatten(), inputs.n_atoms)[1:]]
@@ -387,8 +385,7 @@ def _extended(layout: Layout, inputs: GraphInputs, pairs: Pairs, rcut: float) ->
 
     Empty slots name the first atom.
     """
-    counts = torch.bincount(pairs.centers, minlength=inputs.n_atoms)
-    slots = padded_rows(counts, layout.atoms)
+    slots = padded_rows(pairs.counts, layout.atoms)
     displacements, edges = VectorsOnSlots(inputs.displacements, pairs.edges, rcut)(slots)
     layout = replace(
         layout,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -306,14 +306,15 @@ def edge_gradients(
 ) -> Tensor:
     """Collect the gradients of all layouts on the pairs of `inputs`, shape (n_edges, 3), eV/Å."""
     n_edges = inputs.displacements.shape[0]
-    total = inputs.displacements.new_zeros(n_edges + 1, 3)  # the last is for empty slots
     # layouts have no centre in common, hence no pair; blocks of one layout may
     blocks = zip(*(layout.blocks for layout in layouts), strict=True)
+    totals = []
     for of_layouts, arrays in zip(blocks, zip(*gradients, strict=True), strict=True):
         edges = torch.cat([block.flatten() for block in of_layouts])
         values = torch.cat([gradient.reshape(-1, 3) for gradient in arrays])
-        total += torch.zeros_like(total).index_copy_(0, edges, values)
-    return total[:-1]
+        total = inputs.displacements.new_zeros(n_edges + 1, 3)  # the last is for empty slots
+        totals.append(total.index_copy_(0, edges, values)[:-1])
+    return reduce(torch.add, totals) if totals else torch.zeros_like(inputs.displacements)
 
 
 def forces_and_virial(gradient: Tensor, inputs: GraphInputs) -> tuple[Tensor, Tensor]:
@@ -338,8 +339,14 @@ def forces_and_virial(gradient: Tensor, inputs: GraphInputs) -> tuple[Tensor, Te
         outgoing = Index.of(inputs.centers, inputs.n_atoms, ascending=True)
         incoming = Index.of(inputs.neighbors, inputs.n_atoms)
         forces = segment_sum(gradient, outgoing) - segment_sum(gradient, incoming)
-    # pairs are sorted by centre, hence by frame
-    per_frame = torch.bincount(inputs.frames[inputs.centers], minlength=inputs.n_frames).tolist()
-    pieces = zip(gradient.split(per_frame), inputs.displacements.split(per_frame), strict=True)
+    pieces = zip(_by_frame(gradient, inputs), _by_frame(inputs.displacements, inputs), strict=True)
     virial = torch.stack([-(g.t() @ d) for g, d in pieces])
     return forces, virial
+
+
+def _by_frame(of_pairs: Tensor, inputs: GraphInputs) -> tuple[Tensor, ...]:
+    """Rows of each frame of an array (n_edges, ...): pairs are sorted by centre, hence by frame."""
+    if inputs.n_frames == 1:
+        return (of_pairs,)
+    per_frame = torch.bincount(inputs.frames[inputs.centers], minlength=inputs.n_frames)
+    return torch.split(of_pairs, per_frame.tolist())

@@ -30,10 +30,12 @@ class Index(NamedTuple):
     @classmethod
     def of(cls, rows: Tensor, n: int, *, ascending: bool = False) -> Index:
         """Build from the row of each entry; `ascending` promises that they are sorted."""
-        m = rows.shape[0]
-        order = torch.arange(m, device=rows.device) if ascending else torch.argsort(rows, stable=True)
-        counts = torch.bincount(rows, minlength=n)
-        return cls(rows, order, torch.cumsum(counts, 0) - counts)
+        if ascending:
+            in_order, order = rows, torch.arange(rows.shape[0], device=rows.device)
+        else:
+            in_order, order = torch.sort(rows, stable=True)
+        starts = torch.searchsorted(in_order, torch.arange(n, device=rows.device))
+        return cls(rows, order, starts)
 
 
 _OPERATORS = torch.library.Library("mtinfer", "FRAGMENT")

@@ -7,8 +7,9 @@ nearest ``sel`` neighbours and counts the slots that stay empty, because empty s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -52,19 +53,21 @@ class Pairs:
     centers: Tensor
     neighbors: Tensor
     edges: Tensor
+    #: (n_atoms,) int64, pairs of every centre
+    counts: Tensor
     #: (n_atoms, n_sections) int64, slots that no neighbour fills (they take part in the sums)
     n_empty: Tensor
     #: (n_atoms,) int64, slots without a valid neighbour: empty or excluded by the descriptor
     n_phantom: Tensor
-    #: (n_atoms,) bool, atoms that lost neighbours to truncation, here or in `inner`
-    truncated: Tensor
+    #: (n_atoms,) bool, atoms that lost neighbours to truncation, here or in `inner`; None: no atom did
+    truncated: Tensor | None
     #: the shorter lists of further blocks
     inner: tuple[Pairs, ...] = ()
 
     @property
     def n_truncated(self) -> int:
         """Number of atoms that lost neighbours to truncation."""
-        return int(self.truncated.sum())
+        return 0 if self.truncated is None else int(self.truncated.sum())
 
 
 @dataclass(frozen=True)
@@ -98,51 +101,61 @@ class Selection:
     def _apply(self, inputs: GraphInputs, pairs: _Working) -> Pairs:
         if self.rcut is not None and not self.keeps_beyond:
             pairs = pairs.within(self.rcut, inputs.displacements)
-        truncated = torch.zeros_like(inputs.types, dtype=torch.bool)
+        truncated: list[Tensor] = []
         if self.sel is not None:
             limit = sum(self.sel) if self.total is None else self.total
-            if (pairs.counts(inputs.n_atoms) > limit).any():
+            if (pairs.counts > limit).any():
                 ordered = pairs.nearest_first(inputs.displacements)
-                pairs, before = ordered.keep_ranks(inputs.n_atoms, limit), pairs
-                truncated = self._has_lost(before, pairs, inputs)
+                pairs, before = ordered.keep_ranks(limit), pairs
+                truncated.append(self._has_lost(before, pairs, inputs))
         with_gaps = pairs
         pairs = pairs.without(self._excluded(self.pair_exclude, inputs, pairs))
         inner = tuple(
             shorter._apply(inputs, pairs if self.closes_gaps else with_gaps) for shorter in self.inner
         )
-        section = inputs.types[pairs.neighbors] if self.by_type else torch.zeros_like(pairs.neighbors)
-        n_sections = self.n_types if self.by_type else 1
-        if self.by_type and self.sel is not None:
-            before = pairs
-            pairs, section = pairs.keep_sections(inputs, section, self.sel)
-            truncated = truncated | self._has_lost(before, pairs, inputs)
-        n_real = torch.bincount(pairs.centers * n_sections + section, minlength=inputs.n_atoms * n_sections)
-        n_real = n_real.reshape(inputs.n_atoms, n_sections)
-        pairs = pairs.without(self._excluded(self.exclude, inputs, pairs))
-        n_valid = pairs.counts(inputs.n_atoms)
-        if self.sel is None:
-            n_empty, n_phantom = torch.zeros_like(n_real), torch.zeros_like(n_valid)
+        if self.by_type:
+            section = inputs.types[pairs.neighbors]
+            if self.sel is not None:
+                before = pairs
+                pairs, section = pairs.keep_sections(inputs, section, self.sel)
+                if pairs is not before:
+                    truncated.append(self._has_lost(before, pairs, inputs))
+            key, n_keys = pairs.centers * self.n_types + section, inputs.n_atoms * self.n_types
+            n_real = torch.bincount(key, minlength=n_keys).reshape(-1, self.n_types)
         else:
-            sel = torch.tensor(self.sel, device=n_real.device)
-            n_empty, n_phantom = sel - n_real, sel.sum() - n_valid
-        for cut_list in inner:
-            truncated = truncated | cut_list.truncated
-        return Pairs(pairs.centers, pairs.neighbors, pairs.edges, n_empty, n_phantom, truncated, inner)
+            n_real = pairs.counts.unsqueeze(1)
+        pairs = pairs.without(self._excluded(self.exclude, inputs, pairs))
+        if self.sel is None:
+            n_empty, n_phantom = torch.zeros_like(n_real), torch.zeros_like(pairs.counts)
+        else:
+            n_empty = torch.tensor(self.sel, device=n_real.device) - n_real
+            n_phantom = sum(self.sel) - pairs.counts
+        truncated += [cut_list.truncated for cut_list in inner if cut_list.truncated is not None]
+        return Pairs(
+            pairs.centers,
+            pairs.neighbors,
+            pairs.edges,
+            pairs.counts,
+            n_empty,
+            n_phantom,
+            reduce(torch.logical_or, truncated) if truncated else None,
+            inner,
+        )
 
     def _has_lost(self, before: _Working, after: _Working, inputs: GraphInputs) -> Tensor:
         """Atoms that have fewer pairs within the cutoff than before, shape (n_atoms,), bool."""
         if self.rcut is not None:
             before, after = (pairs.within(self.rcut, inputs.displacements) for pairs in (before, after))
-        return after.counts(inputs.n_atoms) < before.counts(inputs.n_atoms)
+        return after.counts < before.counts
 
     def _excluded(
-        self, excluded: Iterable[tuple[int, int]], inputs: GraphInputs, pairs: _Working
+        self, excluded: Sequence[tuple[int, int]], inputs: GraphInputs, pairs: _Working
     ) -> Tensor | None:
+        if not excluded:
+            return None
         table = torch.zeros(self.n_types, self.n_types, dtype=torch.bool)
         for a, b in excluded:
             table[a, b] = table[b, a] = True
-        if not table.any():
-            return None
         table = table.to(pairs.centers.device)
         return table[inputs.types[pairs.centers], inputs.types[pairs.neighbors]]
 
@@ -152,21 +165,24 @@ class _Working:
     centers: Tensor
     neighbors: Tensor
     edges: Tensor
+    n_atoms: int
 
     @classmethod
     def start(cls, inputs: GraphInputs) -> _Working:
         edges = torch.arange(inputs.centers.shape[0], device=inputs.centers.device)
-        return cls(inputs.centers, inputs.neighbors, edges)
+        return cls(inputs.centers, inputs.neighbors, edges, inputs.n_atoms)
 
     def take(self, index: Tensor) -> _Working:
         columns = (self.centers, self.neighbors, self.edges)
-        return _Working(*(column.index_select(0, index) for column in columns))
+        centers, neighbors, edges = (column.index_select(0, index) for column in columns)
+        return _Working(centers, neighbors, edges, self.n_atoms)
 
     def keep(self, kept: Tensor) -> _Working:
         return self.take(kept.nonzero().squeeze(1))
 
-    def counts(self, n_atoms: int) -> Tensor:
-        return torch.bincount(self.centers, minlength=n_atoms)
+    @cached_property
+    def counts(self) -> Tensor:
+        return torch.bincount(self.centers, minlength=self.n_atoms)
 
     def without(self, dropped: Tensor | None) -> _Working:
         return self if dropped is None else self.keep(~dropped)
@@ -179,8 +195,8 @@ class _Working:
         by_distance = torch.argsort(distance, stable=True)
         return self.take(by_distance[torch.argsort(self.centers[by_distance], stable=True)])
 
-    def keep_ranks(self, n_atoms: int, sel: int) -> _Working:
-        return self.keep(ranks(self.centers, n_atoms) < sel)
+    def keep_ranks(self, sel: int) -> _Working:
+        return self.keep(ranks(self.centers, self.n_atoms) < sel)
 
     def keep_sections(
         self, inputs: GraphInputs, section: Tensor, sel: Sequence[int]
@@ -291,6 +307,8 @@ def row_chunks(counts: Tensor, *, split: bool = True, limit: int | None = None) 
         return []
     on_cpu = counts.device.type == "cpu"
     limit = at_once(limit or SLOTS_PER_CALL, counts.device)
+    if counts.shape[0] * max(1, int(counts.max())) <= (min(limit, SHORTEST_CALL) if on_cpu else limit):
+        return [torch.arange(counts.shape[0], device=counts.device)]
     order = torch.argsort(counts, stable=True)
     ordered = torch.clamp(counts[order], min=1)
     chunks: list[Tensor] = []

@@ -350,7 +350,7 @@ def test_a_potential_gives_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) ->
 def no_atoms() -> GraphInputs:
     index, vectors = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.float64)
     nothing = torch.zeros(0, 0, dtype=torch.float64)
-    return GraphInputs(index, index, index, index, vectors, nothing, nothing, vectors[:, :2], 0)
+    return GraphInputs(index, index, index, index, vectors, nothing, nothing, vectors[:, :2], [])
 
 
 @pytest.mark.parametrize(

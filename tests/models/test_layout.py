@@ -38,7 +38,7 @@ def inputs() -> GraphInputs:
         fparam=torch.zeros(1, 0),
         aparam=torch.zeros(4, 0),
         charge_spin=torch.zeros(1, 2),
-        n_frames=1,
+        sizes=[4],
     )
 
 
@@ -57,6 +57,7 @@ def neighbors(pairs: Pairs) -> dict[int, set[int]]:
 def test_room_for_all() -> None:
     pairs = Selection(2, (5,))(inputs())
     assert neighbors(pairs) == {0: {1, 2, 3}, 1: {0, 3}, 2: {0}, 3: {0, 1, 2}}
+    assert pairs.counts.tolist() == [3, 2, 1, 3]
     assert pairs.n_empty.tolist() == [[2], [3], [4], [2]]
     assert pairs.n_phantom.tolist() == [2, 3, 4, 2]
     assert pairs.n_truncated == 0
@@ -179,7 +180,7 @@ def test_row_chunks_hold_every_row_once(limit: int, monkeypatch: pytest.MonkeyPa
     chunks = row_chunks(counts)
     assert torch.cat(chunks).sort().values.tolist() == list(range(30))
     ordered = [int(counts[row]) for chunk in chunks for row in chunk]
-    assert ordered == sorted(ordered)
+    assert len(chunks) == 1 or ordered == sorted(ordered)
     assert len(chunks) >= int(counts.sum()) // limit or limit == 1
     assert (len(chunks) == 1) == (limit == 10_000)
     assert [chunk.tolist() for chunk in row_chunks(counts, split=False)] == [list(range(30))]
