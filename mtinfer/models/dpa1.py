@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import UnsupportedModelError
 from ..inputs import GraphInputs, ParameterSpec
 from .activations import known_activation
+from .attention import Attention
 from .environment import (
     Environment,
     TypeEmbedding,
@@ -26,18 +27,13 @@ from .environment import (
 )
 from .gather import lookup
 from .layers import (
-    NO_LOGIT,
-    Network,
     Sloped,
     Weights,
     along,
-    layer_norm,
     precision,
     radial_moment,
     required,
-    row_peak,
     row_sum,
-    safe_norm,
 )
 from .layout import (
     Argument,
@@ -50,185 +46,10 @@ from .layout import (
     row_chunks,
     with_empty,
 )
+from .pair_network import PairNetwork
 
 #: attention makes arrays of slots times slots of one centre
 _SLOTS_PER_CALL_WITH_ATTENTION = 6144
-
-
-@dataclass(frozen=True)
-class PairNetwork:
-    """Features G of a pair from its distance and the types of both ends: *concat* or *strip*."""
-
-    prefix: str
-    neuron: tuple[int, ...]
-    activation: str
-    resnet_dt: bool
-    dtype: torch.dtype
-    tebd_dim: int
-    strip: bool
-    one_sided: bool
-    #: strip only: the type factor fades with the switch
-    smooth: bool
-
-    @property
-    def _n_types_in(self) -> int:
-        return self.tebd_dim * (1 if self.one_sided else 2)
-
-    def _network(self, name: str, n_in: int) -> Network:
-        return Network(
-            f"{self.prefix}.{name}.0", (n_in, *self.neuron), self.activation, self.resnet_dt, self.dtype
-        )
-
-    @property
-    def radial(self) -> Network:
-        return self._network("embeddings", 1 if self.strip else 1 + self._n_types_in)
-
-    @property
-    def _typed(self) -> Network:
-        return self._network("embeddings_strip", self._n_types_in)
-
-    def parameters(self) -> dict[str, ParameterSpec]:
-        """Return name -> shape and dtype of every weight."""
-        return self.radial.parameters() | (self._typed.parameters() if self.strip else {})
-
-    def prepare(self, weights: Weights, embedding: Tensor) -> dict[str, Tensor]:
-        """Weights for the graph: all that depends on types alone is evaluated here, once per pair of types.
-
-        Tables have n_types² rows, row ``t_i · n_types + t_j``.
-        """
-        n_types = embedding.shape[0]
-        of_j = embedding.repeat(n_types, 1)
-        of_i = embedding.repeat_interleave(n_types, 0)
-        pair_types = of_j if self.one_sided else torch.cat([of_j, of_i], dim=1)
-        kept = {name: weights[name] for name in self.radial.parameters()}
-        bias = kept.pop(f"{self.prefix}.embeddings.0.layers.0.b")
-        if self.strip:
-            kept[f"{self.prefix}.pair_factor"] = self._typed(pair_types, weights)
-            kept[f"{self.prefix}.pair_shift"] = bias
-        else:
-            w = weights[f"{self.prefix}.embeddings.0.layers.0.w"]
-            kept[f"{self.prefix}.pair_shift"] = pair_types @ w[1:] + bias
-            kept[f"{self.prefix}.pair_types"] = pair_types
-        return kept
-
-    def __call__(self, s: Sloped, w: Sloped, pair: Tensor, weights: Weights) -> Sloped:
-        """Pair features.
-
-        Parameters
-        ----------
-        s, w
-            shape (..., 1), first component of the environment row, and switch, functions of the distance.
-        pair
-            shape (...), row of the pair tables.
-
-        Returns
-        -------
-        shape (..., k, neuron[-1] / k), see `Network.folded`
-        """
-        net, shift = self.radial, weights[f"{self.prefix}.pair_shift"]
-        if not self.strip:
-            rest = lookup(weights[f"{self.prefix}.pair_types"], pair)
-            return net.on_scalar(s, rest, lookup(shift, pair), weights)
-        g = net.on_scalar(s, None, shift, weights)
-        factor = net.folded(lookup(weights[f"{self.prefix}.pair_factor"], pair))
-        if not self.smooth:
-            return Sloped(g.value * (1.0 + factor), g.slope * (1.0 + factor))
-        w = w.each(lambda part: part.unsqueeze(-1))
-        scale = 1.0 + factor * w.value
-        return Sloped(g.value * scale, g.slope * scale + g.value * (factor * w.slope))
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Gated self-attention among the neighbours of one centre (arXiv:2208.08236, eqs. 10-15)."""
-
-    prefix: str
-    n_layers: int
-    width: int
-    hidden: int
-    dtype: torch.dtype
-    smooth: bool
-    angular: bool
-    normalize: bool
-    scale: float
-    ln_eps: float
-
-    def parameters(self) -> dict[str, ParameterSpec]:
-        """Return name -> shape and dtype of every weight."""
-        shapes = {
-            "in_proj.w": (self.width, 3 * self.hidden),
-            "in_proj.b": (3 * self.hidden,),
-            "out_proj.w": (self.hidden, self.width),
-            "out_proj.b": (self.width,),
-            "layer_norm.w": (self.width,),
-            "layer_norm.b": (self.width,),
-        }
-        return {
-            f"{self.prefix}.attention.{k}.{name}": ParameterSpec(shape, self.dtype)
-            for k in range(self.n_layers)
-            for name, shape in shapes.items()
-        }
-
-    def close(self, k: int, g: Tensor, update: Tensor | float, weights: Weights) -> Tensor:
-        """Output projection's bias, shortcut and layer norm of layer `k`; `update` is already projected."""
-        layer = f"{self.prefix}.attention.{k}"
-        scale, shift = weights[f"{layer}.layer_norm.w"], weights[f"{layer}.layer_norm.b"]
-        return layer_norm(g + update + weights[f"{layer}.out_proj.b"], scale, shift, self.ln_eps)
-
-    def __call__(
-        self, g: Tensor, rows: Tensor, w: Tensor, mask: Tensor, n_phantom: Tensor, weights: Weights
-    ) -> Tensor:
-        """All layers.
-
-        Parameters
-        ----------
-        g
-            shape (n, m, width), pair features.
-        rows
-            shape (n, m, 4), environment rows.
-        w, mask
-            shape (n, m, 1), switch, and 1 where a slot holds a neighbour.
-        n_phantom
-            shape (n, 1, 1), slots outside the arrays that still count in the smooth softmax.
-
-        Returns
-        -------
-        shape (n, m, width)
-        """
-        mask_j = mask.transpose(1, 2)
-        gate = mask.expand(-1, -1, mask.shape[1])
-        switches = w * w.transpose(1, 2)
-        if self.smooth:
-            gate = gate * switches
-        if self.angular:
-            direction = rows[..., 1:]
-            direction = direction / torch.clamp(safe_norm(direction), min=1e-12)
-            gate = gate * (direction @ direction.transpose(1, 2))
-        for k in range(self.n_layers):
-            layer = f"{self.prefix}.attention.{k}"
-            projected = g @ weights[f"{layer}.in_proj.w"] + weights[f"{layer}.in_proj.b"]
-            query, key, value = projected.split(self.hidden, dim=-1)
-            if self.normalize:
-                query, key, value = (
-                    x * (1.0 / torch.clamp(safe_norm(x), min=1e-12)) for x in (query, key, value)
-                )
-            logits = (query @ key.transpose(1, 2)) * self.scale
-            if self.smooth:
-                logits = (logits + 20.0) * switches - 20.0
-            update = (self._softmax(logits, mask_j, n_phantom) * gate) @ value
-            g = self.close(k, g, update @ weights[f"{layer}.out_proj.w"], weights)
-        return g
-
-    def _softmax(self, logits: Tensor, mask_j: Tensor, n_phantom: Tensor) -> Tensor:
-        logits = torch.where(mask_j > 0, logits, NO_LOGIT)
-        peak = row_peak(logits)
-        if self.smooth:
-            peak = torch.where(n_phantom > 0, torch.clamp(peak, min=-20.0), peak)
-        weight = torch.exp(logits - peak) * mask_j
-        total = weight.sum(-1, keepdim=True)
-        if self.smooth:
-            total = total + n_phantom * torch.exp(-20.0 - torch.clamp(peak, min=-20.0))
-        return weight * (1.0 / torch.where(total > 0, total, 1.0))
 
 
 @dataclass(frozen=True)
