@@ -15,7 +15,8 @@ from ..errors import TrainingError
 from ..inputs import ParameterSpec
 from ..models import EnergyModel
 from ..models.hybrid import MEMBERS
-from .config import Link, TrainConfig
+from .config import TrainConfig
+from .model_section import Link
 from .statistics import TaskStatistics, environment_weights, merged, parameter_weights, stat_blocks
 
 __all__ = ["Owners", "initial_weights", "set_statistics", "trained_labels", "trained_names"]

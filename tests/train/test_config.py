@@ -27,7 +27,8 @@ from tiny_inputs import (
 from mtinfer.errors import ConfigError, DataError
 from mtinfer.models.activations import activation
 from mtinfer.train import schema
-from mtinfer.train.config import Link, read_config
+from mtinfer.train.config import read_config
+from mtinfer.train.model_section import Link
 from mtinfer.train.plan import describe_plan
 from mtinfer.train.schema import ABSENT, REQUIRED, Section
 from mtinfer.train.values import VALUES
