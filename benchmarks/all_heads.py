@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 import mtinfer
-from mtinfer.bench import ARCHITECTURES, water
+from mtinfer.architectures import ARCHITECTURES
+from mtinfer.bench import water
 from mtinfer.random_checkpoint import write_random_checkpoint
 
 N_HEADS, N_THREADS, N_CALLS = 8, 2, 21

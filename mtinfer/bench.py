@@ -22,132 +22,13 @@ import ase.build
 import ase.io
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .architectures import ARCHITECTURES
 from .checkpoint.heads import DEFAULT_HEAD
 from .errors import MtinferError
+from .roofline import roofline
 
-__all__ = ["ARCHITECTURES", "Figures", "measure", "water"]
-
-_FITTING = {"type": "ener", "neuron": [240, 240, 240], "resnet_dt": True, "precision": "float64"}
-_SE_ATTEN = {
-    "type": "se_atten",
-    "rcut": 6.0,
-    "rcut_smth": 0.5,
-    "sel": 140,
-    "neuron": [25, 50, 100],
-    "axis_neuron": 16,
-    "tebd_input_mode": "strip",
-    "smooth_type_embedding": True,
-    "precision": "float64",
-}
-#: name -> head configuration at the sizes that people publish; random weights are as fast as trained ones
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "se_e2_a": {
-        "descriptor": {
-            "type": "se_e2_a",
-            "rcut": 6.0,
-            "rcut_smth": 0.5,
-            "sel": [60, 100],
-            "neuron": [25, 50, 100],
-            "axis_neuron": 16,
-            "type_one_side": True,
-            "precision": "float64",
-        },
-        "fitting_net": _FITTING,
-    },
-    "dpa1": {"descriptor": {**_SE_ATTEN, "attn_layer": 0}, "fitting_net": _FITTING},
-    "dpa1-attention": {
-        "descriptor": {**_SE_ATTEN, "attn_layer": 2, "attn": 128, "tebd_input_mode": "concat"},
-        "fitting_net": _FITTING,
-    },
-    "dpa2-medium": {
-        "descriptor": {
-            "type": "dpa2",
-            "repinit": {
-                "tebd_dim": 8,
-                "rcut": 6.0,
-                "rcut_smth": 0.5,
-                "nsel": 120,
-                "neuron": [25, 50, 100],
-                "axis_neuron": 12,
-                "activation_function": "tanh",
-                "three_body_sel": 48,
-                "three_body_rcut": 4.0,
-                "three_body_rcut_smth": 3.5,
-                "use_three_body": True,
-            },
-            "repformer": {
-                "rcut": 4.0,
-                "rcut_smth": 3.5,
-                "nsel": 48,
-                "nlayers": 6,
-                "g1_dim": 128,
-                "g2_dim": 32,
-                "attn2_hidden": 32,
-                "attn2_nhead": 4,
-                "attn1_hidden": 128,
-                "attn1_nhead": 4,
-                "axis_neuron": 4,
-                "update_h2": False,
-                "update_g1_has_conv": True,
-                "update_g1_has_grrg": True,
-                "update_g1_has_drrd": True,
-                "update_g1_has_attn": False,
-                "update_g2_has_g1g1": False,
-                "update_g2_has_attn": True,
-                "update_style": "res_residual",
-                "update_residual": 0.01,
-                "update_residual_init": "norm",
-                "attn2_has_gate": True,
-                "use_sqrt_nnei": True,
-                "g1_out_conv": True,
-                "g1_out_mlp": True,
-            },
-            "precision": "float64",
-            "add_tebd_to_repinit_out": False,
-        },
-        "fitting_net": _FITTING,
-    },
-    "dpa3": {
-        "descriptor": {
-            "type": "dpa3",
-            "repflow": {
-                "n_dim": 128,
-                "e_dim": 64,
-                "a_dim": 32,
-                "nlayers": 6,
-                "e_rcut": 6.0,
-                "e_rcut_smth": 5.3,
-                "e_sel": 1200,
-                "a_rcut": 4.0,
-                "a_rcut_smth": 3.5,
-                "a_sel": 300,
-                "axis_neuron": 4,
-                "fix_stat_std": 0.3,
-                "a_compress_rate": 1,
-                "a_compress_e_rate": 2,
-                "a_compress_use_split": True,
-                "update_angle": True,
-                "smooth_edge_update": True,
-                "edge_init_use_dist": True,
-                "use_exp_switch": True,
-                "use_dynamic_sel": True,
-                "sel_reduce_factor": 10.0,
-                "update_style": "res_residual",
-                "update_residual": 0.1,
-                "update_residual_init": "const",
-                "n_multi_edge_message": 1,
-                "optim_update": True,
-            },
-            "activation_function": "silut:10.0",
-            "precision": "float32",
-            "use_tebd_bias": False,
-            "concat_output_tebd": False,
-        },
-        "fitting_net": {**_FITTING, "activation_function": "silut:10.0", "precision": "float32"},
-    },
-}
+__all__ = ["Figures", "measure", "water"]
 
 
 @dataclass(frozen=True)
@@ -314,96 +195,22 @@ def _measure_here(
         calculator.calculate(atoms)
         seconds.append(time.perf_counter() - began)
     peak = _peak_mib(calculator.potential.device)
-    gflop, gbyte, n_edges = _count(calculator, atoms)
-    rate = _matmul_gflops(*_largest_weight(calculator))
+    least = roofline(calculator, atoms)
     return Figures(
         model=model,
         engine="mtinfer",
         tabulated=tabulate,
         n_atoms=n_atoms,
-        n_edges=n_edges,
+        n_edges=least.n_edges,
         load_s=load_s,
         first_call_s=seconds[0],
         median_ms=1e3 * statistics.median(seconds[1 + warm_up :]),
         peak_mib=peak,
         graphs_compiled=calculator.potential.graphs_compiled,
-        gflop=gflop,
-        gbyte=gbyte,
-        roofline_ms=1e3 * max(gflop / rate, gbyte / _copy_gbytes(calculator.potential.device)),
+        gflop=least.gflop,
+        gbyte=least.gbyte,
+        roofline_ms=least.ms,
     )
-
-
-def _count(calculator: Any, atoms: ase.Atoms) -> tuple[float, float, int]:
-    """Operations and bytes of the matrix products of one step (Gflop, GB), and number of pairs.
-
-    Counted on fake tensors, on the function of the single graph: nothing is computed twice.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from .neighbors import find_candidates
-
-    potential = calculator.potential
-    state = potential.head(calculator.head)
-    inputs = potential.inputs([atoms], [find_candidates(atoms, state.model.rcut)], state)
-    layouts, _ = state.model.layouts(inputs)
-    traffic = _Traffic()
-    with FakeTensorMode() as fake, FlopCounterMode(display=False) as counter, traffic:
-        for layout in layouts:
-            data = (*layout.displacements, *layout.tensors, *state.weights[layout.group])
-            state.graph.function(*map(fake.from_tensor, data))
-    return counter.get_total_flops() / 1e9, traffic.n_bytes / 1e9, int(inputs.centers.shape[0])
-
-
-class _Traffic(TorchDispatchMode):
-    """Counts what matrix products read and write."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.n_bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in _PRODUCTS:
-            tensors = [x for x in (*args, result) if isinstance(x, torch.Tensor)]
-            self.n_bytes += sum(x.numel() * x.element_size() for x in tensors)
-        return result
-
-
-_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm)
-
-
-def _copy_gbytes(device: Any) -> float:
-    """Rate of a large copy, GB/s, read and written bytes together."""
-    source = torch.rand(2**26, device=device)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        float(target.copy_(source)[0])
-        seconds.append(time.perf_counter() - began)
-    return 2e-9 * source.numel() * source.element_size() / min(seconds)
-
-
-def _largest_weight(calculator: Any) -> tuple[Any, torch.dtype]:
-    """Device and dtype of the largest weight: those of most products."""
-    weights = calculator.potential.head(calculator.head).weights[0]
-    largest = max(weights, key=torch.Tensor.numel)
-    return largest.device, largest.dtype
-
-
-def _matmul_gflops(device: Any, dtype: torch.dtype) -> float:
-    """Rate of a large matrix product, Gflop/s."""
-    n = 2048 if device.type == "cpu" else 8192
-    a = torch.rand(n, n, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        float((a @ a)[0, 0])
-        seconds.append(time.perf_counter() - began)
-    return 2e-9 * n**3 / min(seconds)
 
 
 def _peak_mib(device: torch.device) -> float:

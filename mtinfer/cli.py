@@ -305,7 +305,8 @@ def bench(
     atoms·step/s, time over the roofline of its matrix products (operations and bytes), peak memory, time of
     the first call and number of graphs compiled.
     """
-    from .bench import ARCHITECTURES, HEADER, measure, measure_deepmd, row
+    from .architectures import ARCHITECTURES
+    from .bench import HEADER, measure, measure_deepmd, row
 
     for name in models:
         if name not in ARCHITECTURES and not Path(name).is_file():
