@@ -10,7 +10,8 @@ from .errors import MtinferError
 if TYPE_CHECKING:
     from .calculator import MTCalculator
     from .inputs import Prediction
-    from .potential import Potential, load
+    from .loading import load
+    from .potential import Potential
 
 __version__ = "0.1.0"
 __all__ = ["MTCalculator", "MtinferError", "Potential", "Prediction", "__version__", "load"]
@@ -20,7 +21,7 @@ _HOMES = {
     "MTCalculator": ".calculator",
     "Potential": ".potential",
     "Prediction": ".inputs",
-    "load": ".potential",
+    "load": ".loading",
 }
 
 

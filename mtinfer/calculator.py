@@ -21,8 +21,9 @@ from ase.outputs import Properties, all_outputs
 from .errors import MtinferError, nearest
 from .graph import CompileMode
 from .heads import HeadState
+from .loading import load
 from .neighbors import VerletList
-from .potential import Potential, load
+from .potential import Potential
 
 __all__ = ["MTCalculator"]
 

@@ -179,7 +179,7 @@ def evaluate(
     from .data import read_frames
     from .evaluate import PLOT_SUFFIXES, PREDICTION_SUFFIXES
     from .files import check_distinct, check_output
-    from .potential import load
+    from .loading import load
 
     outputs = [path for path in (json_file, csv_file, output, plot) if path is not None]
     suffixes = {plot: PLOT_SUFFIXES, output: PREDICTION_SUFFIXES}

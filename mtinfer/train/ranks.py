@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
-from ..potential import usable_device
+from ..loading import usable_device
 
 __all__ = ["Ranks"]
 

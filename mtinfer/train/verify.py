@@ -21,8 +21,9 @@ from ..data.frame import make_frame
 from ..errors import UnknownHeadError
 from ..heads import HeadState
 from ..inputs import Prediction
+from ..loading import load
 from ..parameters import aparam_of, charge_spin_of, fparam_of
-from ..potential import Potential, PredictionWarning, load
+from ..potential import Potential, PredictionWarning
 from ..testing import precision
 from .batch import make_batch
 from .step import predict
