@@ -190,9 +190,9 @@ class MTCalculator(Calculator):
     def _check_type_dict(self, state: HeadState) -> None:
         type_map = state.model.type_map
         for symbol, index in (self._type_dict or {}).items():
-            if not 0 <= index < len(type_map):
+            if index not in range(len(type_map)) or not isinstance(index, int):
                 raise MtinferError(
-                    f"type_dict maps {symbol} to {index}, but head {state.name!r} has the types "
+                    f"type_dict maps {symbol} to {index!r}, but head {state.name!r} has the types "
                     f"{dict(enumerate(type_map))}"
                 )
             if type_map[index] in chemical_symbols and type_map[index] != symbol:

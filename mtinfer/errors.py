@@ -60,3 +60,9 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     lowered = {candidate.lower(): candidate for candidate in allowed}
     match = difflib.get_close_matches(name.lower(), lowered, n=1)
     return f" (did you mean {lowered[match[0]]!r}?)" if match else ""
+
+
+def first_line(err: BaseException) -> str:
+    """Type and first line of an error of another library."""
+    text = str(err).strip().splitlines()
+    return f"{type(err).__name__}: {text[0][:200]}" if text else type(err).__name__

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .errors import first_line
 from .graph_store import GraphStore, cache_directory, graph_key
 from .loaded_graph import LoadedGraph, require_loadable
 from .models.layout import Argument
@@ -41,7 +42,7 @@ _ANSWERS_BEFORE_BACKGROUND = 3
 _SELF_CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _SELF_CHECK_FLOOR = 0.01
 #: sizes to trace with: all different and none small, since the compiler may take what coincides for a rule
-_EXAMPLE_SIZES = (61, 97, 53, 71, 83, 59, 101, 67, 89, 79, 73, 103, 107, 109, 113, *range(127, 600, 2))
+_EXAMPLE_SIZES = (61, 97, 53, 71, 83, 59, 101, 67, 89, 79, 73, 103, 107, 109, 113, *range(127, 6000, 2))
 _OPTIONS = {
     # of floats, where `cpu_code` has no tanh of its own
     "cpp.use_decompose_tanh": True,
@@ -195,6 +196,8 @@ class SharedGraph:
     _unconfirmed: frozenset[int] | None = None
     _is_looked_up: bool = False
     _worker: threading.Thread | None = None
+    #: process that started it
+    _worker_of: int | None = None
 
     @classmethod
     def of_named(
@@ -250,11 +253,14 @@ class SharedGraph:
             self._is_looked_up = True
             self._obtain(device, compile_missing=False)
         elif (
-            self.mode == "background" and self._worker is None and self.answers.n > _ANSWERS_BEFORE_BACKGROUND
+            self.mode == "background"
+            and self._worker_of != os.getpid()  # a forked process has not inherited the thread
+            and self.answers.n > _ANSWERS_BEFORE_BACKGROUND
         ):
             # the compiler imports it, which Python 3.11 forbids once a process has come to its end
             import concurrent.futures.process  # noqa: F401
 
+            self._worker_of = os.getpid()
             self._worker = threading.Thread(target=self._obtain, args=(device,), name="mtinfer-compile")
             self._worker.start()
             threading.Thread(target=_say_what_is_waited_for, args=(self._worker,), daemon=True).start()
@@ -271,7 +277,7 @@ class SharedGraph:
         except Exception as err:  # the compiler raises many types; whatever it is, eager is right
             if not threading.main_thread().is_alive():
                 return  # the process ends before the compiler was imported, and nobody waits for the graph
-            self._give_up(f"the graph could not be compiled ({_first_line(err)})")
+            self._give_up(f"the graph could not be compiled ({first_line(err)})")
             return
         self._compiled = compiled
 
@@ -305,7 +311,7 @@ class SharedGraph:
                 store.save(package, self.signature)
             except OSError as err:
                 warnings.warn(
-                    f"the compiled graph could not be stored ({_first_line(err)}); "
+                    f"the compiled graph could not be stored ({first_line(err)}); "
                     "it serves this process only",
                     GraphWarning,
                     stacklevel=2,
@@ -315,14 +321,18 @@ class SharedGraph:
     def _check(
         self, compiled: LoadedGraph, data: Sequence[Tensor], weights: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Compare every output with eager: at the first call, and again when one is first not all zero."""
+        """Compare every output with eager: at the first call, and again when one is first not all zero.
+
+        A graph that passes gives the answer, so that the first call of a process has the bits of later ones.
+        """
         expected = self.function(*data, *weights)
         if not all(bool(torch.isfinite(output).all()) for output in expected):
             return expected  # atoms on top of each other say nothing about the graph
         try:
-            worst = max(map(_difference, compiled(*data, *weights), expected)) / self._tolerance
+            outputs = compiled(*data, *weights)
+            worst = max(map(_difference, outputs, expected)) / self._tolerance
         except Exception as err:
-            self._give_up(f"the compiled graph failed ({_first_line(err)})")
+            self._give_up(f"the compiled graph failed ({first_line(err)})")
             return expected
         if not worst <= 1.0:
             self._give_up(
@@ -332,7 +342,7 @@ class SharedGraph:
             return expected
         zero = frozenset(k for k, output in enumerate(expected) if not bool(output.any()))
         self._unconfirmed = zero if self._unconfirmed is None else zero & self._unconfirmed
-        return expected
+        return outputs
 
     @property
     def _tolerance(self) -> float:
@@ -351,11 +361,6 @@ def _difference(got: Tensor, expected: Tensor) -> float:
     scale = _SELF_CHECK_FLOOR + float(expected.abs().max())
     difference = float((got - expected).abs().max())
     return math.inf if math.isnan(difference) else difference / scale
-
-
-def _first_line(err: BaseException) -> str:
-    text = str(err).strip().splitlines()
-    return f"{type(err).__name__}: {text[0][:200]}" if text else type(err).__name__
 
 
 def _require_declared(arguments: Sequence[Argument], data: Sequence[Tensor]) -> None:

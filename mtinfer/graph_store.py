@@ -155,17 +155,24 @@ class GraphStore:
         }
         for path, value in ((self._binary, content), (self._record, json.dumps(fields).encode())):
             with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".tmp", delete=False) as file:
-                file.write(value)
+                try:
+                    file.write(value)
+                    file.flush()
+                except OSError:
+                    Path(file.name).unlink()
+                    raise
             Path(file.name).replace(path)
         self._remove_unused()
 
     def _remove_unused(self) -> None:
-        for binary in self.directory.glob("*.graph"):
-            record = binary.with_suffix(".json")
+        """Remove graphs without a recent use, and what processes that were killed left behind."""
+        for path in (*self.directory.glob("*.graph"), *self.directory.glob("*.tmp")):
+            record = path.with_suffix(".json")
             with contextlib.suppress(FileNotFoundError):  # another process does the same
-                if time.time() - record.stat().st_mtime > _KEPT:
-                    record.unlink()
-                    binary.unlink()
+                used = record if record.exists() else path
+                if time.time() - used.stat().st_mtime > _KEPT:
+                    record.unlink(missing_ok=True)
+                    path.unlink()
 
 
 def _locked(path: Path) -> IO[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,9 +43,16 @@ class HeadState:
     exact: HeadState | None = None
 
 
+class Refused(NamedTuple):
+    """A head of a file that can't be evaluated."""
+
+    reason: str
+    aliases: tuple[str, ...]
+
+
 def head_states(
     checkpoint: Checkpoint, device: torch.device, mode: CompileMode, *, tabulate: bool
-) -> tuple[dict[str, HeadState], dict[str, str]]:
+) -> tuple[dict[str, HeadState], dict[str, Refused]]:
     """Make all heads of a file; those of one architecture share their graphs.
 
     Parameters
@@ -54,7 +62,7 @@ def head_states(
 
     Returns
     -------
-    name -> head, in the order of the file, and name -> why it is refused
+    name -> head, in the order of the file, and the others
 
     Raises
     ------
@@ -62,26 +70,26 @@ def head_states(
         The weights of a head do not fit its configuration.
     """
     models: dict[str, EnergyModel] = {}
-    refused: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for name, record in checkpoint.heads.items():
         if record.refused is not None:
-            refused[name] = record.refused
+            reasons[name] = record.refused
             continue
         try:
             models[name] = _model(record, checkpoint.dialect)
         except UnsupportedModelError as err:
-            refused[name] = str(err)
-    faster = _tabulated(checkpoint, models, refused) if tabulate else {}
+            reasons[name] = str(err)
+    faster = _tabulated(checkpoint, models, reasons) if tabulate else {}
     graphs: dict[str, StageGraphs] = {}
     answers = Answers()
     heads: dict[str, HeadState] = {}
-    for name in [name for name in models if name not in refused]:
+    for name in [name for name in models if name not in reasons]:
         state = _head_state(checkpoint.heads[name], models[name], device, mode, graphs, answers)
         if name in faster:
             series = _head_state(checkpoint.heads[name], faster[name], device, mode, graphs, answers)
             state = replace(series, exact=state)
         heads[name] = state
-    return heads, refused
+    return heads, {name: Refused(reason, checkpoint.heads[name].aliases) for name, reason in reasons.items()}
 
 
 def checked(checkpoint: Checkpoint) -> Checkpoint:

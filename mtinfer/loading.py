@@ -76,7 +76,7 @@ def load(
         checkpoint = with_precision(checkpoint, _dtype(dtype))
     heads, refused = head_states(checkpoint, where, mode, tabulate=tabulate)
     if not heads:
-        raise UnsupportedModelError("; ".join(refused.values()))
+        raise UnsupportedModelError("; ".join(head.reason for head in refused.values()))
     return Potential(heads, refused, where, loads_again=loads_again)
 
 

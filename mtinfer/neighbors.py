@@ -69,7 +69,7 @@ def find_candidates(atoms: ase.Atoms, radius: float) -> Candidates:
     positions = np.ascontiguousarray(atoms.get_positions(), dtype=np.float64)
     check_geometry(atoms, positions)
     _check_extent(atoms, positions, radius)
-    search = NeighborList(cutoff=radius, full_list=True, sorted=True)
+    search = NeighborList(cutoff=radius, full_list=True, sorted=True, n_threads=torch.get_num_threads())
     pairs, shifts = search.compute(
         positions, box=_box(atoms), periodic=np.asarray(atoms.pbc, dtype=bool), quantities="PS"
     )
@@ -224,7 +224,7 @@ def graph_inputs(
     sizes = [len(atoms) for atoms in structures]
     return GraphInputs(
         types=torch.from_numpy(np.concatenate(types)).to(device),
-        frames=torch.repeat_interleave(torch.tensor(sizes)).to(device),
+        frames=torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)).to(device),
         centers=torch.cat(centers),
         neighbors=torch.cat(neighbors),
         displacements=torch.cat(displacements),

@@ -18,7 +18,7 @@ from torch import Tensor
 from .checkpoint.heads import find_head
 from .errors import StructureError, UnsupportedModelError, nearest
 from .graph import CompileMode, SharedGraph
-from .heads import HeadState
+from .heads import HeadState, Refused
 from .inputs import GraphInputs, Prediction
 from .models import EnergyModel, edge_gradients, forces_and_virial
 from .models.layout import Layout, Selection
@@ -44,7 +44,7 @@ class Potential:
     def __init__(
         self,
         heads: Mapping[str, HeadState],
-        refused: Mapping[str, str],
+        refused: Mapping[str, Refused],
         device: torch.device,
         *,
         loads_again: partial[Potential] | None = None,
@@ -107,7 +107,7 @@ class Potential:
             graph.mode = mode
 
     def head(self, name: str | None = None) -> HeadState:
-        """Find a head by name or alias; None picks the only one.
+        """Find a head by name or alias; None picks the only one of the file, or the one called ``Default``.
 
         Raises
         ------
@@ -118,10 +118,10 @@ class Potential:
         """
         if not (name is None or isinstance(name, str)):
             raise TypeError(f"head={name!r} is not a name; Potential.energies takes several")
-        known = {**self.aliases, **dict.fromkeys(self._refused, ())}
-        found = find_head(name, known if name is not None else self.aliases)
+        refused = {head: known.aliases for head, known in self._refused.items()}
+        found = find_head(name, {**self.aliases, **refused})
         if found in self._refused:
-            raise UnsupportedModelError(self._refused[found])
+            raise UnsupportedModelError(self._refused[found].reason)
         return self._heads[found]
 
     @overload
@@ -288,6 +288,8 @@ class Potential:
                 fparam, aparam, _ = self._parameters(structures, state)
                 own = replace(inputs, fparam=fparam, aparam=aparam)
                 energies[state.name] = self._values.fit(described, own, state).numpy()
+                if not np.isfinite(energies[state.name]).all():
+                    raise StructureError(_not_finite(inputs))
         return energies
 
     def _layouts(self, inputs: GraphInputs, state: HeadState) -> list[Layout]:

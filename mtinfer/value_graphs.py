@@ -110,7 +110,7 @@ class ValueGraphs:
             (net,) = graph(data, tuple(weights.values()))
             energies[own.atoms] += net
         # on the CPU, where `index_add_` adds in the order of the atoms
-        total = torch.zeros(inputs.n_frames, dtype=energies.dtype)
+        total = torch.zeros(inputs.n_frames, dtype=energies.dtype, device="cpu")
         return total.index_add_(0, inputs.frames.cpu(), energies.cpu())
 
     def _graph(

@@ -27,7 +27,8 @@ from ase.optimize import BFGS
 from reference_files import DATA, SE_E2_A, STRIP
 
 from mtinfer import MTCalculator, MtinferError, Potential
-from mtinfer.errors import CheckpointError, StructureError, UnknownHeadError
+from mtinfer.errors import CheckpointError, StructureError, UnknownHeadError, UnsupportedModelError
+from mtinfer.heads import Refused
 from mtinfer.random_checkpoint import write_random_checkpoint
 
 
@@ -232,6 +233,19 @@ def test_calculators_share_a_potential(potential: Potential) -> None:
     assert energies[0] != energies[1]
 
 
+def test_heads_that_are_refused_are_heads_of_the_file(potential: Potential) -> None:
+    usable = {"water": potential.head("water")}
+    of_dos = Potential(usable, {"dos": Refused("head 'dos': no energy", ("density",))}, potential.device)
+    for name in ("dos", "density", "Density"):
+        with pytest.raises(UnsupportedModelError, match="head 'dos': no energy"):
+            of_dos.head(name)
+    with pytest.raises(UnknownHeadError, match="no head was named and the file has several"):
+        of_dos.head()
+    of_default = Potential(usable, {"Default": Refused("head 'Default': no energy", ())}, potential.device)
+    with pytest.raises(UnsupportedModelError, match="head 'Default': no energy"):
+        of_default.head()
+
+
 def test_head_must_be_named_where_there_are_several(potential: Potential) -> None:
     with pytest.raises(
         UnknownHeadError, match="no head was named and the file has several; choose one of: water"
@@ -321,6 +335,9 @@ def test_type_dict_names_types_that_are_no_elements(tmp_path: Path) -> None:
             atoms.get_potential_energy()
     with pytest.raises(MtinferError, match=r"type_dict maps Cu to 3, but head .* has the types"):
         MTCalculator(tmp_path / "sites.pt", compile=False, type_dict={"Cu": 3})
+    for index in ("2", 2.0):
+        with pytest.raises(MtinferError, match=rf"type_dict maps Cu to {index!r}, but head .* has the types"):
+            MTCalculator(tmp_path / "sites.pt", compile=False, type_dict={"Cu": index})
 
 
 def test_keywords_that_do_not_exist(potential: Potential) -> None:

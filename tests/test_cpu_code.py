@@ -81,7 +81,7 @@ def test_products_of_matrices(dtype: torch.dtype, normal: Normal) -> None:
 
     weights = [normal(30, width) for width in WIDTHS]
     graph = SharedGraph(products, "products", (Argument(("rows", 30), dtype),), weights, "wait")
-    for n_rows in (8, *ROWS):  # the first call is answered eagerly
+    for n_rows in (8, *ROWS):  # the first call is the self-check
         require_equal(graph, (normal(n_rows, 30),), weights)
     assert graph.is_compiled
     n_own = 4 * len(WIDTHS)

@@ -66,7 +66,7 @@ def test_eager_agrees_with_deepmd_kit(path: Path) -> None:
 def test_compiled_agrees_with_deepmd_kit(path: Path) -> None:
     potential = mtinfer.load(path, device=GPU, compile="wait")
     for head in heads(path):
-        for _ in range(2):  # the first call of a graph answers eagerly
+        for _ in range(2):  # the first call of a graph checks it
             require_agreement(potential, head, path)
     assert all(graph.is_compiled for graph in potential.graphs)
     stored = mtinfer.load(path, device=GPU, compile="stored")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ase
 import numpy as np
 import pytest
 import torch
 from reference_files import DATA, SE_E2_A, SHARED, STRIP, expected
 
 import mtinfer
-from mtinfer.errors import UnknownHeadError
+from mtinfer.errors import StructureError, UnknownHeadError
 from mtinfer.potential import PredictionWarning
 from mtinfer.testing import precision
 
@@ -58,6 +59,25 @@ def test_large_structures_go_in_parts(path: Path, monkeypatch: pytest.MonkeyPatc
     potential = mtinfer.load(path, device="cpu", compile=False)
     require_energies(potential, path, potential.heads[:1])
     assert potential.head(potential.heads[0]).stages.graphs
+
+
+def test_what_is_not_finite_is_no_energy() -> None:
+    potential = mtinfer.load(STRIP, device="cpu", compile=False)
+    good = expected(STRIP, "water")[0][0]
+    bad = ase.Atoms("OH2", [[0, 0, 0], [0, 0, 0.96], [0, 0, 0.96]])
+    with pytest.raises(StructureError, match="the closest atoms, 1 and 2 of structure 1, are 0 Å apart"):
+        potential.energies([good, bad], ["water"])
+
+
+def test_the_default_device_of_torch_is_not_ours() -> None:
+    structures = [expected(STRIP, "water")[0][0]]
+    there = mtinfer.load(STRIP, device="cpu", compile=False, tabulate=True).energies(structures, ["water"])
+    try:
+        torch.set_default_device("meta")  # as "cuda", and nobody computes there
+        potential = mtinfer.load(STRIP, device="cpu", compile=False, tabulate=True)
+        np.testing.assert_array_equal(potential.energies(structures, ["water"])["water"], there["water"])
+    finally:
+        torch.set_default_device(None)
 
 
 def test_one_graph_for_descriptors_and_one_for_fitting_nets() -> None:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ase
 import numpy as np
@@ -150,7 +151,7 @@ def test_one_graph_for_all_heads_sizes_and_steps(
 
 def test_any_size_of_every_axis(store: Path) -> None:
     graph = small_graph()
-    graph(data(), [WEIGHTS])  # answered eagerly: the self-check
+    graph(data(), [WEIGHTS])  # the self-check
     for n_points, n_picked in itertools.product((1, 2, 3, 1000), (0, 1, 2, 700)):
         require_eager_numbers(graph, data(n_points, n_picked))
     require_eager_numbers(graph, data(0, 0))
@@ -166,7 +167,7 @@ def scattered(x: Tensor) -> Tensor:
 def test_arrays_of_any_strides(store: Path) -> None:
     for example, n_compiled in ((scattered(WEIGHTS), 1), (WEIGHTS, 0)):
         graph = SharedGraph(small, "small", ARGUMENTS, [example], "wait")
-        for _ in range(2):  # answered eagerly first
+        for _ in range(2):  # the self-check first
             x, rows = data()
             require_eager_numbers(graph, (scattered(x), rows), scattered(WEIGHTS))
             require_eager_numbers(graph, (x, torch.arange(8)[::2] % 7))
@@ -510,6 +511,34 @@ def test_graphs_that_nobody_uses_are_removed(store: Path) -> None:
     graphs[2].save(package, "signature")
     assert [graph.find() is not None for graph in graphs] == [False, True, True]
     assert not list(store.glob("old.*"))
+    left = [store / "of-a-killed-process.tmp", store / "without-a-record.graph"]
+    for path in left:
+        path.write_bytes(b"code")
+    graphs[2].save(package, "signature")
+    assert all(path.exists() for path in left)  # they may be in the making
+    for path in left:
+        os.utime(path, (0, 0))
+    graphs[2].save(package, "signature")
+    assert not any(path.exists() for path in left)
+
+
+def test_a_full_disk_leaves_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = store.parent / "package"
+    package.write_bytes(b"code")
+    made = tempfile.NamedTemporaryFile
+
+    def full(*values: Any, **options: Any) -> Any:
+        file = made(*values, **options)
+        file.write = fails
+        return file
+
+    def fails(_: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    with pytest.raises(OSError, match="No space left"):
+        GraphStore(store, "key").save(package, "signature")
+    assert not list(store.glob("*.tmp"))
 
 
 def test_graph_that_cannot_be_stored_still_serves(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -612,6 +641,35 @@ def test_outputs_that_were_zero_are_checked_when_they_are_not(
         else:
             with pytest.warns(GraphWarning, match="differs from eager"):
                 require_eager_numbers(graph, flat)
+
+
+def test_the_first_call_has_the_bits_of_later_ones(filled_store: Path) -> None:
+    def other_bits(*values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(output + 1e-12 for output in small(*values))
+
+    graph = small_graph(function=other_bits)  # the stored code is that of `small`
+    first, second = (graph(data(), [WEIGHTS]) for _ in range(2))
+    assert graph.is_compiled
+    assert not torch.equal(first[0], other_bits(*data(), WEIGHTS)[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_forked_process_compiles_for_itself(filled_store: Path) -> None:
+    graph = small_graph("background")
+    # as in a child that was forked while its parent was compiling
+    graph._is_looked_up, graph._worker, graph._worker_of = True, threading.Thread(), os.getppid()
+    graph.answers.n = 10
+    require_eager_numbers(graph, data())
+    graph.join()
+    assert graph.is_compiled
+
+
+def test_more_axes_than_anyone_needs() -> None:
+    arguments = [Argument((f"axis {k}",)) for k in range(400)]
+    module, fakes = trace(lambda *values: tuple(x + 1.0 for x in values[:-1]), arguments, [WEIGHTS])
+    assert len(fakes) == 401
+    assert len({int(fake.shape[0].node.hint) for fake in fakes[:-1]}) == 400
+    assert module is not None
 
 
 def test_off_stops_a_compiled_graph(filled_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

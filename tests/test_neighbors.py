@@ -179,7 +179,7 @@ def test_graph_inputs_concatenate_and_cut() -> None:
         aparam=torch.zeros(8, 0),
         charge_spin=torch.zeros(3, 2),
     )
-    assert inputs.sizes == [4, 1, 5]
+    assert inputs.sizes == [3, 1, 4]
     assert inputs.n_atoms == 8
     assert inputs.types.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
     assert inputs.frames.tolist() == [0, 0, 0, 1, 2, 2, 2, 2]

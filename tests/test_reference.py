@@ -59,7 +59,7 @@ def test_compiled_agrees_from_either_container(path: Path, converted: Callable[[
     potentials = [mtinfer.load(file, compile="wait") for file in (path, converted(path))]
     for head in heads(path):
         for potential in potentials:
-            require_agreement(potential, head, path)  # the first call of a graph answers eagerly
+            require_agreement(potential, head, path)  # the first call of a graph checks it
         from_checkpoint, from_converted = (
             require_agreement(potential, head, path) for potential in potentials
         )

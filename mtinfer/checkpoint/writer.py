@@ -136,21 +136,22 @@ def _slots_of_members(
 ) -> list[torch.Tensor]:
     """Slots of the neighbour list of a hybrid descriptor that each member reads.
 
-    The list has one section per type, as long as the longest of that type, unless a member has only one.
+    Members with a section per type read a list whose sections are as long as the longest of that type, the
+    others the beginning of a list without sections.
     """
-    if all(kind_of(member) == "se_e2_a" for member in members):
-        sections = [max(member["sel"][t] for member in members) for t in range(n_types)]
-        starts = [sum(sections[:t]) for t in range(n_types)]
-        return [
-            torch.cat([torch.arange(sel) + start for sel, start in zip(member["sel"], starts, strict=True)])
-            for member in members
-        ]
-    widths = []
-    for index in range(len(members)):
-        blocks = ("", "se_atten.", "repinit.", "repflows.")
-        names = (f"descrpt_list.{index}.{block}mean" for block in blocks)
-        widths.append(next(weights[name].shape[1] for name in names if name in weights))
-    return [torch.arange(width) for width in widths]
+    by_type = [member["sel"] for member in members if kind_of(member) == "se_e2_a"]
+    sections = [max(sel[t] for sel in by_type) for t in range(n_types)] if by_type else []
+    starts = [sum(sections[:t]) for t in range(len(sections))]
+    found = []
+    for index, member in enumerate(members):
+        if kind_of(member) == "se_e2_a":
+            own = [torch.arange(n) + start for n, start in zip(member["sel"], starts, strict=True)]
+            found.append(torch.cat(own))
+        else:
+            blocks = ("se_atten.", "repinit.", "repflows.")
+            names = (f"descrpt_list.{index}.{block}mean" for block in blocks)
+            found.append(torch.arange(next(weights[name].shape[1] for name in names if name in weights)))
+    return found
 
 
 def _type_mask(excluded: Sequence[int], n_types: int) -> torch.Tensor:

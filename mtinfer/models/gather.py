@@ -165,10 +165,8 @@ def settled(x: Tensor) -> Tensor:
     return _Settled.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def gather(x: Tensor, index: Index | Tensor) -> Tensor:
+def gather(x: Tensor, index: Index) -> Tensor:
     """Row ``index.rows[k]`` of `x` for every entry k: shape (n, c) -> (m, c)."""
-    if isinstance(index, Tensor):
-        index = Index.of(index, x.shape[0])
     return _Gather.apply(x, *index)  # type: ignore[no-any-return, no-untyped-call]
 
 

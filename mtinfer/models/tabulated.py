@@ -25,7 +25,7 @@ from .se_e2_a import SeE2A
 
 #: Å: series hold for pairs no closer than this
 CLOSEST = 0.5
-#: largest accepted sum of the coefficients left out, relative to the largest value of a net
+#: largest accepted sum of the coefficients left out; of nets whose values exceed 1, relative to these
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-7}
 #: factors T_0 … T_15 of the product basis; the number of terms is a multiple of it
 _LOW = 16
@@ -47,10 +47,11 @@ class ChebyshevSeries:
     def fit(self, net: Callable[[Tensor], Tensor], lowest: Tensor, highest: Tensor) -> dict[str, Tensor]:
         """Weights of the series of `net`, (n, 1) -> (n, width), on an interval."""
         coefficients = chebyshev_coefficients(net, lowest, highest)[: self.n_terms]
-        high, low = torch.arange(self.n_terms // _LOW), torch.arange(_LOW)
+        high = torch.arange(self.n_terms // _LOW, device="cpu")
+        low = torch.arange(_LOW, device="cpu")
         sums = (high[:, None] * _LOW + low).flatten()
         differences = (high[:, None] * _LOW - low).abs().flatten()
-        identity = torch.eye(self.n_terms, dtype=torch.float64)
+        identity = torch.eye(self.n_terms, dtype=torch.float64, device="cpu")
         products = 0.5 * (identity[sums] + identity[differences])
         basis = torch.linalg.solve(products.T, coefficients.cpu()).to(coefficients)
         scale = 2.0 / (highest - lowest)

@@ -72,6 +72,8 @@ def train(
         raise click.UsageError("--resume and --finetune exclude each other")
     if head is not None and finetune is None:
         raise click.UsageError("--head goes with --finetune")
+    if check and (resume is not None or finetune is not None or force):
+        raise click.UsageError("--check looks at the input alone; leave out --resume, --finetune and --force")
     start = Start(resume, finetune, head, force)
     plan = make_plan(read_config(input_file), dialect=dialect, n_steps=steps)
     if check:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from ..files import replacing
 from .loss import Errors
 
 __all__ = ["COLUMNS", "CURVE", "PICTURES", "LearningCurve", "picture_name"]
@@ -41,26 +42,39 @@ class LearningCurve:
     def __init__(self, path: Path, *, step: int) -> None:
         self.path = path
         kept = [row for row in read_curve(path) if int(row["step"]) <= step] if step and path.exists() else []
-        try:
-            with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(kept)
-        except OSError as err:
-            raise OutputError(f"{str(path)!r} can't be written: {err.strerror}") from err
+        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
 
     def add(self, step: int, task: str, lr: float, seconds: float, errors: Sequence[Errors | None]) -> None:
         """Append a row; `errors` are those of training and of validation."""
         values = [value for found in errors for value in (found.rmse if found else (None,) * 3)]
         row = [step, task, f"{lr:.6g}", *("" if v is None else f"{v:.6g}" for v in values), f"{seconds:.3f}"]
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(row)
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow(row)
+        except OSError as err:
+            raise OutputError(f"{str(self.path)!r} can't be written: {err.strerror}") from err
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
-    """Rows of a learning curve."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    """Rows of a learning curve.
+
+    Raises
+    ------
+    OutputError
+        The file is not one, or can't be read.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), tuple(reader.fieldnames or COLUMNS)
+    except (OSError, ValueError, csv.Error) as err:
+        raise OutputError(f"{str(path)!r} can't be read: {err}") from err
+    if columns != COLUMNS or not all((row["step"] or "").isdecimal() for row in rows):
+        raise OutputError(f"{str(path)!r} is no learning curve of this program; move it away")
+    return rows
 
 
 def picture_name(task: str) -> str:
@@ -86,7 +100,8 @@ def plot_curve(path: Path, task: str, picture: Path) -> None:
             axes.plot(*zip(*points, strict=True), style, marker=".", label=kind)
         axes.legend()
     figure.suptitle(task if panels else f"{task}: no errors yet").set_parse_math(False)
-    figure.savefig(picture, dpi=120)
+    with replacing(picture) as partial:
+        figure.savefig(partial, dpi=120)
 
 
 def _lines(rows: Sequence[dict[str, str]], quantity: str) -> dict[str, list[tuple[int, float]]]:

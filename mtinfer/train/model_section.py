@@ -215,9 +215,21 @@ def _descriptor(given: Any, where: str, n_types: int, *, within_hybrid: bool = F
     found = complete({**given, "type": kind}, schema.DESCRIPTORS[kind], where)
     if kind == "dpa3" and found["repflow"]["skip_stat"]:
         found["repflow"]["fix_stat_std"] = 0.3  # the older spelling, which wins in deepmd-kit, too
+    if kind == "dpa3":
+        _check_compression(found["repflow"], f"{where}.repflow")
     lists = ("sel",) if kind == "se_e2_a" else ()
     _check_types(found, where, n_types, indices=("exclude_types",), lists=lists)
     return found
+
+
+def _check_compression(repflow: Mapping[str, Any], where: str) -> None:
+    """Refuse widths of compressed angle messages that are no whole numbers."""
+    rate, width = repflow["a_compress_rate"], repflow["a_dim"] * repflow["a_compress_e_rate"]
+    if rate and width % (2 * rate):
+        raise ConfigError(
+            f"{where}: a_dim times a_compress_e_rate is {width}; with a_compress_rate {rate} it must be a "
+            f"multiple of {2 * rate}"
+        )
 
 
 def _hybrid(given: Mapping[str, Any], where: str, n_types: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,8 +66,8 @@ def settle_counts(
     Raises
     ------
     ConfigError
-        No atom has a neighbour, heads share a descriptor and have different elements, or repinit of DPA-2 is
-        given no more slots than the repformer.
+        No atom has a neighbour, heads share a descriptor and have different elements, or deepmd-kit would not
+        read a descriptor with these counts.
     """
     models = {task.name: copy.deepcopy(task.model) for task in config.tasks}
     places = {name: list(_places(model["descriptor"], "descriptor")) for name, model in models.items()}
@@ -88,6 +89,13 @@ def settle_counts(
         for descriptor in descriptors(models[name]):
             if descriptor["type"] == "dpa2":
                 _widen_repinit(name, descriptor, {id(place.section) for place in own if place.key == "nsel"})
+            elif descriptor["type"] == "dpa3":
+                repflow = descriptor["repflow"]
+                if repflow["a_sel"] > repflow["e_sel"]:
+                    raise ConfigError(
+                        f"head {name!r}: a_sel is {repflow['a_sel']}, and e_sel {repflow['e_sel']}; "
+                        "deepmd-kit reads a DPA-3 only where e_sel is not smaller"
+                    )
         if own:
             found[name] = {place.name: place.section[place.key] for place in own}
     tasks = tuple(replace(task, model=models[task.name]) for task in config.tasks)
@@ -108,6 +116,16 @@ def _widen_repinit(head: str, descriptor: Mapping[str, Any], automatic: Collecti
             raise ConfigError(
                 f"head {head!r}: {key} of repinit is {outer[key]}, and of repformer {inner[key]}; deepmd-kit "
                 "reads a DPA-2 only where that of repinit is larger"
+            )
+    blocks = [(inner["rcut"], inner["nsel"], "repformer"), (outer["rcut"], outer["nsel"], "repinit")]
+    if outer["use_three_body"]:
+        blocks.append((outer["three_body_rcut"], outer["three_body_sel"], "the three-body block"))
+    blocks.sort()
+    for (rcut, sel, block), (wider, fewer, other) in itertools.pairwise(blocks):
+        if sel > fewer:
+            raise ConfigError(
+                f"head {head!r}: {block} sees {sel} neighbours within {rcut} Å, and {other} {fewer} within "
+                f"{wider} Å; deepmd-kit reads a DPA-2 only where a larger cutoff has no fewer neighbours"
             )
 
 

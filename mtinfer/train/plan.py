@@ -19,7 +19,7 @@ from .neighbor_counts import settle_counts
 from .sampling import System, batches_per_epoch, load_systems, system_probabilities
 from .schedule import Schedule
 from .step import signature
-from .weights import Owners, trained_names
+from .weights import Owners, check_shapes, trained_names
 
 __all__ = ["Plan", "Task", "describe_plan", "make_plan"]
 
@@ -85,6 +85,7 @@ def make_plan(config: TrainConfig, *, dialect: str = "pt_expt", n_steps: int | N
         _task(replace(task, loss=task.loss.in_dialect(dialect)), systems[task.name], folder, dialect)
         for task in config.tasks
     )
+    check_shapes(config.links, {task.name: task.model for task in tasks})
     if any(task.config.epochs for task in tasks):
         per_task = [_epoch(task) * float(task.config.epochs or 0.0) for task in tasks]
         weights, total = np.array(per_task), math.ceil(sum(per_task))

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data import Frame, read_frames
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError, StructureError
 from ..models import EnergyModel
+from ..neighbors import check_geometry
 from .batch import Batch, make_batch, type_indices
 from .config import DataConfig
 
@@ -57,7 +58,8 @@ def load_systems(config: DataConfig, type_map: Sequence[str], folder: Path) -> l
     Raises
     ------
     DataError
-        A path is missing or unreadable, or a frame has an element that is not in the type map.
+        A path is missing or unreadable, or a frame has an element that is not in the type map, positions
+        that are not finite, or a cell without volume along a periodic axis.
     ConfigError
         The number of batch sizes is not that of the systems, or no frame is as small as "filter:N" says.
     """
@@ -79,6 +81,7 @@ def load_systems(config: DataConfig, type_map: Sequence[str], folder: Path) -> l
             if isinstance(size, str) and size.startswith("filter:"):
                 frames = [frame for frame in frames if len(frame.atoms) <= int(size.partition(":")[2])]
             _check_elements(frames, type_map)
+            _check_geometry(frames)
             if frames:
                 systems.append(System(tuple(frames), _batch_size(size, frames)))
     if not systems:
@@ -87,6 +90,15 @@ def load_systems(config: DataConfig, type_map: Sequence[str], folder: Path) -> l
             "larger number"
         )
     return systems
+
+
+def _check_geometry(frames: Sequence[Frame]) -> None:
+    """Raise a DataError that names the first frame without neighbours to find: now, not when it is drawn."""
+    for frame in frames:
+        try:
+            check_geometry(frame.atoms, frame.atoms.get_positions())
+        except StructureError as err:
+            raise DataError(f"{frame.name}: {err}") from err
 
 
 def _check_elements(frames: Sequence[Frame], type_map: Sequence[str]) -> None:

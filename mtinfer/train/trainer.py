@@ -311,7 +311,8 @@ class Trainer:
         batches = _rounds(task.validation)
         n_batches = min(task.config.validation.n_batches, len(batches))
         # each display goes on where the one before ended, so that few batches see all systems in time
-        first = n_batches * (self.step // self.plan.config.run.disp_freq)
+        display = (self.step - 1) // self.plan.config.run.disp_freq  # the last may come early
+        first = n_batches * display
         for n in range(first, first + n_batches):
             index, system, chosen = batches[n % len(batches)]
             # validation systems are numbered on from the training systems

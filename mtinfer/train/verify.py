@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from ..checkpoint.load import read
 from ..data import Frame
 from ..data.frame import make_frame
-from ..errors import UnknownHeadError
+from ..errors import UnknownHeadError, first_line
 from ..heads import HeadState
 from ..inputs import Prediction
 from ..loading import load
@@ -85,7 +86,10 @@ def verify(
     if compiled:
         ways["compiled"] = _potential(load(path, compile="wait"))
     if importlib.util.find_spec("deepmd") is not None and path.suffix == ".pt":
-        ways["deepmd-kit"] = _deepmd(path)
+        try:
+            ways["deepmd-kit"] = _deepmd(path, importlib.import_module("deepmd.infer").DeepPot)
+        except Exception as err:  # built for another torch, say: nothing that speaks of the checkpoint
+            warnings.warn(f"deepmd-kit can't be imported and is left out ({first_line(err)})", stacklevel=2)
     states = [eager.head(name) for name in heads or eager.heads]
     of_heads = [sample_structures(state) if frames is None else _known(frames, state) for state in states]
     for state, chosen in zip(states, of_heads, strict=True):
@@ -97,8 +101,19 @@ def verify(
         for way, evaluate in ways.items():
             # deepmd-kit knows cells that are periodic along all axes or none
             own = [f for f in chosen if way != "deepmd-kit" or len(set(f.atoms.pbc.tolist())) == 1]
-            if own:
-                yield _compare(state, way, evaluate(state, own), _potential(eager)(state, own))
+            if not own:
+                continue
+            try:
+                found = evaluate(state, own)
+            except Exception as err:
+                if way != "deepmd-kit":
+                    raise
+                warnings.warn(
+                    f"deepmd-kit does not evaluate head {state.name!r}: {first_line(err)}", stacklevel=2
+                )
+                yield Difference(state.name, way, math.nan, math.nan, math.nan, accepted=False)
+            else:
+                yield _compare(state, way, found, _potential(eager)(state, own))
 
 
 def _compare(
@@ -162,9 +177,9 @@ def _batches(frames: Sequence[Frame]) -> Iterator[list[Frame]]:
         yield batch
 
 
-def _deepmd(path: Path) -> Way:
+def _deepmd(path: Path, deep_pot: Callable[..., Any]) -> Way:
     def evaluate(state: HeadState, frames: Sequence[Frame]) -> list[Prediction]:
-        model = importlib.import_module("deepmd.infer").DeepPot(str(path), head=state.name, no_jit=True)
+        model = deep_pot(str(path), head=state.name, no_jit=True)
         index = {symbol: k for k, symbol in enumerate(model.get_type_map())}
         found = []
         for frame in frames:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.sharing import is_trainable
-from ..errors import TrainingError
+from ..errors import ConfigError
 from ..inputs import ParameterSpec
 from ..models import EnergyModel
 from ..models.hybrid import MEMBERS
@@ -50,6 +50,21 @@ def shares(part: str, level: int, name: str) -> bool:
     return name.startswith(f"{part}." if level == 0 else f"{part}.type_embedding.")
 
 
+def check_shapes(links: Sequence[Link], models: Mapping[str, EnergyModel]) -> None:
+    """Raise ConfigError where heads share a weight that has different shapes in them."""
+    owners = Owners(links)
+    parameters = {head: model.parameters() for head, model in models.items()}
+    for head, own in parameters.items():
+        for name, spec in own.items():
+            owner = owners(head, name)
+            if (shared := parameters[owner].get(name)) != spec:
+                there = "is not" if shared is None else f"has the shape {shared.shape}"
+                raise ConfigError(
+                    f"heads {owner!r} and {head!r} share {name!r}, which {there} in the first and has the "
+                    f"shape {spec.shape} in the second; heads share what has the same widths in all of them"
+                )
+
+
 def initial_weights(config: TrainConfig, models: Mapping[str, EnergyModel]) -> AllWeights:
     """Draw weights for all heads; statistics are those of no data.
 
@@ -63,10 +78,6 @@ def initial_weights(config: TrainConfig, models: Mapping[str, EnergyModel]) -> A
         for name, spec in models[task.name].parameters().items():
             owner = owners(task.name, name)
             if owner != task.name:
-                if models[owner].parameters().get(name) != spec:
-                    raise TrainingError(
-                        f"heads {owner!r} and {task.name!r} share {name!r} but differ in its shape"
-                    )
                 own[name] = (
                     weights[owner][name] if owner in weights else _drawn(config, owner, name, spec, names)
                 )

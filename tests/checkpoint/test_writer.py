@@ -62,7 +62,7 @@ DESCRIPTORS: dict[str, Config] = {
     "dpa3-no-angles": DPA3 | {"repflow": DPA3["repflow"] | {"update_angle": False}},
     "hybrid-se_a": hybrid(SE_A | {"sel": [4, 4, 4]}, SE_A | {"rcut": 3.0, "sel": [3, 5, 3]}),
     "hybrid-dpa1": hybrid(SE_A, DPA1),
-    "hybrid-all": hybrid(DPA2, DPA3, DPA1 | {"type": "se_atten_v2"}, SE_A),
+    "hybrid-all": hybrid(DPA2, DPA3, DPA1 | {"type": "se_atten_v2"}, SE_A, SE_A | {"sel": [3, 9, 5]}),
 }
 #: the neighbour list changes when a file of this dialect is converted
 CHANGED = [("v2", "pt"), ("v2", "pt_expt"), ("dpa1", "pt_expt"), ("dpa2", "pt_expt")]
@@ -138,13 +138,16 @@ def test_the_neighbour_list_of_pt_is_kept_where_a_file_can_say_so(
     assert values == [True] * flags
 
 
-def test_members_of_a_hybrid_read_their_slots(tmp_path: Path) -> None:
-    members = (SE_A | {"sel": [1, 3, 2]}, SE_A | {"sel": [2, 1, 2]})
+@pytest.mark.parametrize("others", [(), (DPA1,)], ids=["by-type", "with-dpa1"])
+def test_members_of_a_hybrid_read_their_slots(tmp_path: Path, others: tuple[Config, ...]) -> None:
+    members = (SE_A | {"sel": [1, 3, 2]}, SE_A | {"sel": [2, 1, 2]}, *others)
     (_, after), _ = converted(tmp_path, hybrid(*members), "pt")
     key = "model.water.atomic_model.descriptor.nlist_cut_idx"
     # common list: two slots of H, three of O, two of Cu
     assert stored(after)[f"{key}.0"].tolist() == [0, 2, 3, 4, 5, 6]
     assert stored(after)[f"{key}.1"].tolist() == [0, 1, 2, 5, 6]
+    for index in range(len(others)):
+        assert stored(after)[f"{key}.{2 + index}"].tolist() == [*range(14)]
 
 
 def test_every_kind_has_a_model() -> None:

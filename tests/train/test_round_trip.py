@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,6 +103,27 @@ def add_to_forces(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
         return energy, forces + noise, virial
 
     monkeypatch.setattr(module, "predict", wrong)
+
+
+def test_verify_says_what_deepmd_kit_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, "dpa1strip", True, "off", 2)
+
+    def deep_pot(*_: Any, **__: Any) -> None:
+        raise AssertionError("rcut and sel are not in the same order\nand more")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(importlib, "import_module", lambda _: SimpleNamespace(DeepPot=deep_pot))
+    with pytest.warns(UserWarning, match=r"does not evaluate head .*: AssertionError: rcut and sel are not"):
+        found = list(verify(tmp_path / "model.ckpt.pt", compiled=False))
+    assert {d.way: d.accepted for d in found} == {"training": True, "deepmd-kit": False}
+
+    def broken(_: str) -> None:
+        raise OSError("undefined symbol")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.warns(UserWarning, match=r"can't be imported and is left out \(OSError: undefined symbol\)"):
+        found = list(verify(tmp_path / "model.ckpt.pt", compiled=False))
+    assert {d.way for d in found} == {"training"}
 
 
 def test_verify_fails_where_the_numbers_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

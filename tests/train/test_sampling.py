@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_inputs import plan_of, shared_input
+from tiny_inputs import SYSTEMS, plan_of, shared_input
 
-from mtinfer.errors import ConfigError
+from mtinfer.errors import ConfigError, DataError
 from mtinfer.train.config import DataConfig
 from mtinfer.train.plan import Plan
 from mtinfer.train.sampling import Batches, Sampler, system_probabilities
@@ -92,6 +94,17 @@ def test_batch_sizes_by_number_of_atoms(given: str, sizes: list[int]) -> None:
     content = shared_input("dpa1strip")
     content["training"]["data_dict"]["clusters"]["training_data"]["batch_size"] = given
     assert [system.batch_size for system in plan_of(content).tasks[0].systems] == sizes
+
+
+def test_a_frame_without_volume_is_named_before_the_training(tmp_path: Path) -> None:
+    shutil.copytree(SYSTEMS["copper"][0], tmp_path / "copper")
+    cells = np.load(tmp_path / "copper" / "set.000" / "box.npy")
+    cells[-1, 3:6] = 0.0
+    np.save(tmp_path / "copper" / "set.000" / "box.npy", cells)
+    content = shared_input("dpa1strip")
+    content["training"]["data_dict"]["copper"]["training_data"]["systems"] = [str(tmp_path / "copper")]
+    with pytest.raises(DataError, match=rf"copper.*{len(cells) - 1}.*has no volume along its periodic axes"):
+        plan_of(content)
 
 
 def test_a_filter_that_leaves_nothing_is_refused() -> None:

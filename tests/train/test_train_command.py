@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from tiny_inputs import shared_input
+from tiny_inputs import DESCRIPTORS, FITTING, SYSTEMS, shared_input, training_input
 
 from mtinfer.cli import main
 
@@ -51,6 +51,23 @@ def test_a_head_goes_with_fine_tuning(tmp_path: Path) -> None:
     result = train(tmp_path, "--head", "copper")
     assert result.exit_code == 2
     assert "--head goes with --finetune" in result.stderr
+
+
+def test_a_check_is_of_the_input_alone(tmp_path: Path) -> None:
+    assert train(tmp_path, "--check").exit_code == 0
+    for option in (("--finetune", "some.pt"), ("--resume", "some.pt"), ("--force",)):
+        result = train(tmp_path, "--check", *option)
+        assert result.exit_code == 2
+        assert "--check looks at the input alone" in result.stderr
+
+
+def test_heads_that_share_what_does_not_fit_are_refused_by_a_check(tmp_path: Path) -> None:
+    other = {**DESCRIPTORS["dpa1strip"], "axis_neuron": 4}
+    descriptors = {"clusters": DESCRIPTORS["dpa1strip"], "copper": other}
+    content = training_input(descriptors, dict.fromkeys(SYSTEMS, "fit"))
+    content["model"]["shared_dict"]["fit"] = FITTING
+    text = r"heads 'clusters' and 'copper' share 'fitting_net\..*has the shape .* in the first"
+    fails_with(text, train(tmp_path, "--check", content=content))
 
 
 @pytest.mark.parametrize("option", ["--resume", "--finetune"])

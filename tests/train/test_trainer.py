@@ -20,6 +20,7 @@ from mtinfer.checkpoint.archive import write
 from mtinfer.checkpoint.load import read
 from mtinfer.errors import CheckpointError, OutputError, TrainingError
 from mtinfer.potential import PredictionWarning
+from mtinfer.train.curves import COLUMNS, CURVE, LearningCurve
 from mtinfer.train.sampling import Batches
 from mtinfer.train.starting import Start
 from mtinfer.train.trainer import Trainer
@@ -201,6 +202,25 @@ def test_a_resumed_run_replaces_the_later_rows_of_the_curve(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("content", ["a,b\n1,2\n", "\x00", ",".join(COLUMNS) + "\nfirst,copper\n"])
+def test_a_curve_that_is_none_is_kept(tmp_path: Path, content: str) -> None:
+    trained(tmp_path, 4, save_freq=2)
+    (tmp_path / CURVE).write_text(content)
+    with pytest.raises(OutputError, match=r"lcurve\.csv"):
+        trained(tmp_path, 5, start=Start(resume=tmp_path / "model.ckpt-4.pt"))
+    assert (tmp_path / CURVE).read_text() == content
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_curve_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    curve = LearningCurve(tmp_path / CURVE, step=0)
+    curve.path.unlink()
+    curve.path.mkdir()
+    with pytest.raises(OutputError, match=r"lcurve\.csv' can't be written: Is a directory"):
+        curve.add(1, "copper", 1e-3, 0.1, (None, None))
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_checkpoints_may_have_a_folder_of_their_own(tmp_path: Path) -> None:
     options = {"save_ckpt": "kept/best", "disp_freq": 3}
     trained(tmp_path, 4, stop=2, **options)
@@ -271,10 +291,11 @@ def test_names_of_heads_are_no_paths(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(("n_steps", "disp_freq", "systems"), [(4, 1, [0, 1, 2, 0]), (5, 2, [0, 1, 2])])
 def test_displays_take_turns_with_the_validation_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, n_steps: int, disp_freq: int, systems: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = shared_input("dpa1strip", numb_steps=4, disp_freq=1)
+    content = shared_input("dpa1strip", numb_steps=n_steps, disp_freq=disp_freq)
     content["training"]["data_dict"]["clusters"]["validation_data"] |= {"numb_btch": 1, "batch_size": 1}
     plan = plan_of(content)
     seen: list[int] = []
@@ -287,8 +308,7 @@ def test_displays_take_turns_with_the_validation_batches(
 
     monkeypatch.setattr(Batches, "__call__", noted)
     Trainer(plan, tmp_path, mode="off").run()
-    assert sorted(set(seen)) == [0, 1, 2]
-    assert len(seen) == 4
+    assert seen == systems
 
 
 @pytest.mark.usefixtures("no_pictures")
