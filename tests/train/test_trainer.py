@@ -89,6 +89,21 @@ def test_a_resumed_run_equals_one_in_one_go(tmp_path: Path, ema: bool) -> None:
     assert ("ema" in content(halfway)) == ema
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
+def test_a_compiled_run_has_the_same_bits_when_it_is_resumed(tmp_path: Path) -> None:
+    given = shared_input("dpa1strip", numb_steps=8, save_freq=4)
+    given["learning_rate"]["decay_steps"] = 3
+    for loss in given["loss_dict"].values():  # some gradients are zero at first, when the graph is checked
+        loss |= {"start_pref_e": 0, "limit_pref_e": 1}
+    Trainer(plan_of(given), tmp_path / "whole", mode="wait").run()
+    start = Start(resume=tmp_path / "whole" / "model.ckpt-4.pt")
+    resumed = Trainer(plan_of(given), tmp_path / "parts", start=start, mode="wait")
+    resumed.run()
+    assert all(step.graph.is_compiled for step in resumed.steps.values())
+    assert_same(*(content(tmp_path / part / "model.ckpt-8.pt") for part in ("whole", "parts")))
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_averaged_weights_are_written_as_a_checkpoint(tmp_path: Path) -> None:
     trained(tmp_path, 4, enable_ema=True, ema_decay=0.9, save_freq=1)
