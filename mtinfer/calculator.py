@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import ase
@@ -190,7 +191,7 @@ class MTCalculator(Calculator):
     def _check_type_dict(self, state: HeadState) -> None:
         type_map = state.model.type_map
         for symbol, index in (self._type_dict or {}).items():
-            if index not in range(len(type_map)) or not isinstance(index, int):
+            if not isinstance(index, Integral) or index not in range(len(type_map)):
                 raise MtinferError(
                     f"type_dict maps {symbol} to {index!r}, but head {state.name!r} has the types "
                     f"{dict(enumerate(type_map))}"

@@ -327,7 +327,8 @@ def test_type_dict_names_types_that_are_no_elements(tmp_path: Path) -> None:
     atoms = ase.build.molecule("H2O")
     atoms.calc = MTCalculator(tmp_path / "plain.pt", compile=False)
     expected = atoms.get_potential_energy()
-    atoms.calc = MTCalculator(tmp_path / "sites.pt", compile=False, type_dict={"H": 0, "O": 1, "Cu": 2})
+    of_types = {"H": np.int64(0), "O": 1, "Cu": 2}
+    atoms.calc = MTCalculator(tmp_path / "sites.pt", compile=False, type_dict=of_types)
     assert atoms.get_potential_energy() == expected
     for type_dict in ({"H": 0}, None):
         atoms.calc = MTCalculator(tmp_path / "sites.pt", compile=False, type_dict=type_dict)
