@@ -666,10 +666,8 @@ def test_a_forked_process_compiles_for_itself(filled_store: Path) -> None:
 
 def test_more_axes_than_anyone_needs() -> None:
     arguments = [Argument((f"axis {k}",)) for k in range(400)]
-    module, fakes = trace(lambda *values: tuple(x + 1.0 for x in values[:-1]), arguments, [WEIGHTS])
-    assert len(fakes) == 401
+    _, fakes = trace(lambda *values: tuple(x + 1.0 for x in values[:-1]), arguments, [WEIGHTS])
     assert len({int(fake.shape[0].node.hint) for fake in fakes[:-1]}) == 400
-    assert module is not None
 
 
 def test_off_stops_a_compiled_graph(filled_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

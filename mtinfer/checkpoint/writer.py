@@ -140,8 +140,8 @@ def _slots_of_members(
     others the beginning of a list without sections.
     """
     by_type = [member["sel"] for member in members if kind_of(member) == "se_e2_a"]
-    sections = [max(sel[t] for sel in by_type) for t in range(n_types)] if by_type else []
-    starts = [sum(sections[:t]) for t in range(len(sections))]
+    sections = [max((sel[t] for sel in by_type), default=0) for t in range(n_types)]
+    starts = [sum(sections[:t]) for t in range(n_types)]
     found = []
     for index, member in enumerate(members):
         if kind_of(member) == "se_e2_a":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,13 @@ class LearningCurve:
     Parameters
     ----------
     path
-        file; rows up to `step` are kept, as a resumed run goes on from there.
+        file, which is replaced.
+    kept
+        rows to begin with, those of the run that a resumed one goes on from.
     """
 
-    def __init__(self, path: Path, *, step: int) -> None:
+    def __init__(self, path: Path, kept: Sequence[Mapping[str, Any]] = ()) -> None:
         self.path = path
-        kept = [row for row in read_curve(path) if int(row["step"]) <= step] if step and path.exists() else []
         with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()

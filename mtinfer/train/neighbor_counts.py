@@ -89,13 +89,7 @@ def settle_counts(
         for descriptor in descriptors(models[name]):
             if descriptor["type"] == "dpa2":
                 _widen_repinit(name, descriptor, {id(place.section) for place in own if place.key == "nsel"})
-            elif descriptor["type"] == "dpa3":
-                repflow = descriptor["repflow"]
-                if repflow["a_sel"] > repflow["e_sel"]:
-                    raise ConfigError(
-                        f"head {name!r}: a_sel is {repflow['a_sel']}, and e_sel {repflow['e_sel']}; "
-                        "deepmd-kit reads a DPA-3 only where e_sel is not smaller"
-                    )
+            _check_order(name, descriptor)
         if own:
             found[name] = {place.name: place.section[place.key] for place in own}
     tasks = tuple(replace(task, model=models[task.name]) for task in config.tasks)
@@ -117,15 +111,24 @@ def _widen_repinit(head: str, descriptor: Mapping[str, Any], automatic: Collecti
                 f"head {head!r}: {key} of repinit is {outer[key]}, and of repformer {inner[key]}; deepmd-kit "
                 "reads a DPA-2 only where that of repinit is larger"
             )
-    blocks = [(inner["rcut"], inner["nsel"], "repformer"), (outer["rcut"], outer["nsel"], "repinit")]
-    if outer["use_three_body"]:
-        blocks.append((outer["three_body_rcut"], outer["three_body_sel"], "the three-body block"))
-    blocks.sort()
-    for (rcut, sel, block), (wider, fewer, other) in itertools.pairwise(blocks):
+
+
+def _check_order(head: str, descriptor: Mapping[str, Any]) -> None:
+    """See to it that among the lists of a descriptor a wider one is no shorter, as deepmd-kit demands."""
+    lists = []
+    for section, key, rcut in NEIGHBOR_COUNTS.get(descriptor["type"], ()):
+        holder = descriptor if section is None else descriptor[section]
+        if not key.startswith("three_body") or holder["use_three_body"]:
+            lists.append((holder[rcut], holder[key], key if section is None else f"{section}.{key}"))
+    if len(lists) < 2:
+        return
+    # equal cutoffs in the order of the counts, but for DPA-3, whose edges see at least what its angles see
+    lists = lists[::-1] if descriptor["type"] == "dpa3" else sorted(lists)
+    for (near, sel, name), (far, fewer, other) in itertools.pairwise(lists):
         if sel > fewer:
             raise ConfigError(
-                f"head {head!r}: {block} sees {sel} neighbours within {rcut} Å, and {other} {fewer} within "
-                f"{wider} Å; deepmd-kit reads a DPA-2 only where a larger cutoff has no fewer neighbours"
+                f"head {head!r}: {name} is {sel} within {near} Å, and {other} {fewer} within {far} Å; "
+                "deepmd-kit reads a model only where a wider list has no fewer neighbours"
             )
 
 

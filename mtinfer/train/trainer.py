@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import TrainingError
+from ..errors import OutputError, TrainingError
 from ..graph import CompileMode
 from ..potential import PredictionWarning, truncation
 from .batch import Batch
-from .curves import CURVE, LearningCurve, picture_name, plot_curve
+from .curves import CURVE, LearningCurve, picture_name, plot_curve, read_curve
 from .loss import Errors
 from .optimizer import Optimizer
 from .plan import Plan, Task
@@ -201,28 +201,36 @@ class Trainer:
         """
         run, n_steps = self.plan.config.run, self.plan.schedule.n_steps
         curve: LearningCurve | None = None
+        kept = self._kept_rows()
         self._compile()
-        began, start = time.monotonic(), self.step
-        self._last_display = began, start
+        began = time.monotonic()
+        self._last_display = began, self.step
         with _interruptible() as asked:
             while self.step < n_steps:
                 lr, stop = self._advance(asked)
                 tick(self.step)
                 stop = stop or (self.ranks.size == 1 and asked())
                 if curve is None and self.ranks.is_first:  # an earlier training goes when this one works
-                    curve = self._files(start)
+                    self.keeper.clear()
+                    curve = LearningCurve(self.folder / CURVE, kept)
                 last = self.step == n_steps
                 if self.step % run.disp_freq == 0 or last:
-                    self._display(curve, lr, time.monotonic() - began, shown)
+                    try:
+                        self._display(curve, lr, time.monotonic() - began, shown)
+                    except OutputError:  # of the learning curve: the training itself is not lost with it
+                        self._save()
+                        raise
                 if self.step % run.save_freq == 0 or last or stop:
                     self._save()
                 if stop:
                     break
         return self.step == n_steps
 
-    def _files(self, start: int) -> LearningCurve:
-        self.keeper.clear()
-        return LearningCurve(self.folder / CURVE, step=start)
+    def _kept_rows(self) -> list[dict[str, Any]]:
+        """Rows of the learning curve up to the step that a resumed run goes on from."""
+        path = self.folder / CURVE
+        rows = read_curve(path) if self.step and self.ranks.is_first and path.exists() else []
+        return [row for row in rows if int(row["step"]) <= self.step]
 
     def _compile(self) -> None:
         """Make every graph ready, and let it pass its self-check, on the first process before the others."""

@@ -43,7 +43,7 @@ class Difference:
 
     head: str
     way: str
-    #: eV per atom, eV/Å, eV
+    #: eV per atom, eV/Å, eV; NaN where the way does not evaluate the head
     energy: float
     forces: float
     virial: float

@@ -245,12 +245,17 @@ WRONG += [
         ("", "nvnmd", {}, "is not supported; leave it out"),
     )
 ]
+_DPA3 = DESCRIPTORS["dpa3"]
 WRONG += [
     (
         _set("training/stop_batch", 5),
         r"training has 'numb_steps' under two names, of which one is 'stop_batch'",
     ),
     (_set("validating", 5), r"^validating is 5; expected a section"),
+    (
+        _set("model/shared_dict/desc", {**_DPA3, "repflow": {**_DPA3["repflow"], "a_compress_rate": 3}}),
+        r"a_dim times a_compress_e_rate is 4; with a_compress_rate 3 it must be a multiple of 6",
+    ),
     (_set("training/tensorboard", True), r"training.tensorboard is True, which is not supported"),
     (_set("training/change_bias_after_training", True), r"change_bias_after_training is True, which is not"),
     (_set("training/num_epoch_dict", {"copper": 1}), r"training gives model_prob and num_epoch_dict"),

@@ -91,14 +91,12 @@ def test_data_without_neighbours_settle_nothing() -> None:
 def test_counts_that_deepmd_kit_does_not_read_are_refused() -> None:
     angles = copy.deepcopy(DESCRIPTORS["dpa3"])
     angles["repflow"] |= {"e_sel": "auto", "a_sel": 60}
-    with pytest.raises(ConfigError, match="a_sel is 60, and e_sel 8; deepmd-kit reads a DPA-3 only where"):
+    with pytest.raises(ConfigError, match=r"repflow.a_sel is 60 within 2\.5 Å, and repflow.e_sel 8 "):
         separate_plan(angles)
     blocks = copy.deepcopy(DESCRIPTORS["dpa2"])
     blocks["repinit"] |= {"use_three_body": True, "three_body_rcut": 3.2, "three_body_sel": 10}
     blocks["repinit"] |= {"three_body_rcut_smth": 0.5}
-    text = (
-        r"repformer sees 15 neighbours within 3\.0 Å, and the three-body block 10 within 3\.2 Å; deepmd-kit"
-    )
+    text = r"repformer.nsel is 15 within 3\.0 Å, and repinit.three_body_sel 10 within 3\.2 Å"
     with pytest.raises(ConfigError, match=text):
         separate_plan(blocks)
     blocks["repinit"]["three_body_sel"] = 15

@@ -222,13 +222,25 @@ def test_a_curve_that_is_none_is_kept(tmp_path: Path, content: str) -> None:
     trained(tmp_path, 4, save_freq=2)
     (tmp_path / CURVE).write_text(content)
     with pytest.raises(OutputError, match=r"lcurve\.csv"):
-        trained(tmp_path, 5, start=Start(resume=tmp_path / "model.ckpt-4.pt"))
+        trained(tmp_path, 5, start=Start(resume=tmp_path / "model.ckpt-2.pt"))
     assert (tmp_path / CURVE).read_text() == content
+    assert (tmp_path / "model.ckpt-4.pt").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_whose_curve_fails_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OutputError("no space")
+
+    monkeypatch.setattr(LearningCurve, "add", full)
+    with pytest.raises(OutputError, match="no space"):
+        trained(tmp_path, 8, disp_freq=3, save_freq=100)
+    assert read(tmp_path / "model.ckpt-3.pt").step == 3
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_a_curve_that_can_not_be_written_is_named(tmp_path: Path) -> None:
-    curve = LearningCurve(tmp_path / CURVE, step=0)
+    curve = LearningCurve(tmp_path / CURVE)
     curve.path.unlink()
     curve.path.mkdir()
     with pytest.raises(OutputError, match=r"lcurve\.csv' can't be written: Is a directory"):
