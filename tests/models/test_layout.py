@@ -109,6 +109,9 @@ def test_shorter_lists_of_further_blocks() -> None:
     assert neighbors(inner) == {0: {2}, 1: {3}, 2: {0}, 3: {0}}
     assert inner.n_empty.tolist() == [[0], [0], [0], [0]]
     assert pairs.n_truncated == 2  # centres 0 and 3, in the shorter list
+    # centres 0 and 3 in the whole list, and 1 in the shorter one as well
+    both = Selection(2, (2,), inner=(Selection(2, (1,), rcut=3.5),))(inputs())
+    assert both.truncated.tolist() == [True, True, False, True]
 
 
 @pytest.mark.parametrize(
