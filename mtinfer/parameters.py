@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .errors import StructureError
 from .models import EnergyModel
+from .models.dpa3 import CHARGES, SPINS
 
 __all__ = ["aparam_of", "charge_spin_of", "fparam_of"]
 
@@ -67,21 +68,27 @@ def charge_spin_of(
     Raises
     ------
     StructureError
-        If they are no numbers, or missing and the model has no default; if they were given to a model that
-        does not read them.
+        If they are no whole numbers in the range that models know, or missing and the model has no default;
+        if they were given to a model that does not read them.
     """
     if not model.descriptor.reads_charge_spin:
         return _none("charge_spin", given, (2,))
-    if given is not None:
-        return _shaped("charge_spin", given, (2,))
-    charge, spin = model.descriptor.default_chg_spin or (None, None)
-    found = [atoms.info.get("charge", charge), atoms.info.get("spin", spin)]
-    if any(value is None for value in found):
+    if given is None:
+        charge, spin = model.descriptor.default_chg_spin or (None, None)
+        own: list[Any] = [atoms.info.get("charge", charge), atoms.info.get("spin", spin)]
+        if any(number is None for number in own):
+            raise StructureError(
+                "the model needs the total charge and spin and has no default; "
+                'set atoms.info["charge"] and atoms.info["spin"], or pass charge_spin='
+            )
+        given = own
+    array = _shaped("charge_spin", given, (2,))
+    if array[0] not in CHARGES or array[1] not in SPINS:
         raise StructureError(
-            "the model needs the total charge and spin and has no default; "
-            'set atoms.info["charge"] and atoms.info["spin"], or pass charge_spin='
+            f"charge and spin are {array.tolist()}; the model knows whole charges from {CHARGES[0]} to "
+            f"{CHARGES[-1]} and whole spins from {SPINS[0]} to {SPINS[-1]}"
         )
-    return _shaped("charge_spin", found, (2,))
+    return array
 
 
 def _none(name: str, given: ArrayLike | None, shape: tuple[int, ...]) -> NDArray[np.float64]:

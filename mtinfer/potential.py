@@ -232,17 +232,18 @@ class Potential:
         charge_spin: ArrayLike | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`fparam`, `aparam` and `charge_spin` of `GraphInputs`."""
-        model, default = state.model, state.default_fparam
-        try:
-            found = (
-                np.stack([fparam_of(atoms, model, default, fparam) for atoms in structures]),
-                np.concatenate([aparam_of(atoms, model, aparam) for atoms in structures]),
-                np.stack([charge_spin_of(atoms, model, charge_spin) for atoms in structures]),
-            )
-        except StructureError as err:
-            raise StructureError(f"head {state.name!r}: {err}") from err
-        of_frames, of_atoms, charges = (torch.from_numpy(array).to(self.device) for array in found)
-        return of_frames, of_atoms, charges
+        model, found = state.model, []
+        for k, atoms in enumerate(structures):
+            try:
+                own = fparam_of(atoms, model, state.default_fparam, fparam), aparam_of(atoms, model, aparam)
+                found.append((*own, charge_spin_of(atoms, model, charge_spin)))
+            except StructureError as err:
+                where = f", structure {k}" if len(structures) > 1 else ""
+                raise StructureError(f"head {state.name!r}{where}: {err}") from err
+        of_frames, of_atoms, charges = zip(*found, strict=True)
+        arrays = np.stack(of_frames), np.concatenate(of_atoms), np.stack(charges)
+        first, second, third = (torch.from_numpy(array).to(self.device) for array in arrays)
+        return first, second, third
 
     @torch.inference_mode(False)
     def energies(

@@ -123,6 +123,23 @@ def test_models_that_need_charge_and_spin_are_verified(tmp_path: Path) -> None:
     assert all(difference.accepted for difference in found)
 
 
+@pytest.mark.parametrize("state", [[-101.0, 0.0], [100.0, 0.0], [0.0, -1.0], [0.0, 100.0], [0.5, 0.0]])
+def test_charge_and_spin_that_the_model_does_not_know(state: list[float], tmp_path: Path) -> None:
+    path = tmp_path / "dpa3.pt"
+    descriptor = {**DPA3, "add_chg_spin_ebd": True, "default_chg_spin": [0, 1]}
+    write_random_checkpoint(path, {"type_map": ["O", "H"], "descriptor": descriptor, "fitting_net": FITTING})
+    potential = mtinfer.load(path, compile=False)
+    known, unknown = structure(), structure()
+    known.info |= {"charge": -100, "spin": 99}
+    unknown.info |= dict(zip(("charge", "spin"), state, strict=True))
+    potential.evaluate(known)
+    of_model = r"whole charges from -100 to 99 and whole spins from 0 to 99"
+    with pytest.raises(StructureError, match=rf"'water', structure 1: charge and spin are .*; .*{of_model}"):
+        potential.evaluate([known, unknown])
+    with pytest.raises(StructureError, match=rf"'water': charge and spin are .*; .*{of_model}"):
+        potential.evaluate(known, charge_spin=state)
+
+
 def test_members_with_different_defaults_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "hybrid.pt"
     with pytest.raises(UnsupportedModelError, match="different default_chg_spin"):

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import StructureError
 from ..inputs import GraphInputs, ParameterSpec
 from .activations import activation, known_activation
 from .environment import TypeEmbedding
@@ -23,8 +22,8 @@ from .repflow import Division, Repflow, RepflowOptions
 from .repflow_layer import Lists
 from .stage import Call, directly
 
-#: rows of the tables: charges -100 … 99, spins 0 … 99
-_N_CHARGES, _N_SPINS = 200, 100
+#: what the tables of charges and of spins have rows for
+CHARGES, SPINS = range(-100, 100), range(100)
 #: numbers that the layers of one graph may keep for the derivative on a CPU
 _LARGE = 5e7
 #: numbers that a GPU has in memory at once for each of those (measured: 2.1)
@@ -112,8 +111,8 @@ class DPA3:
         specs = self.type_embedding.parameters() | self.repflow.parameters()
         if self.reads_charge_spin:
             n = self.repflow.options.n_dim
-            specs |= self._table("chg_embedding", _N_CHARGES).parameters()
-            specs |= self._table("spin_embedding", _N_SPINS).parameters()
+            specs |= self._table("chg_embedding", len(CHARGES)).parameters()
+            specs |= self._table("spin_embedding", len(SPINS)).parameters()
             specs["descriptor.mix_cs_mlp.w"] = ParameterSpec((2 * n, n), self.repflow.dtype)
             specs["descriptor.mix_cs_mlp.b"] = ParameterSpec((n,), self.repflow.dtype)
         return specs
@@ -123,8 +122,8 @@ class DPA3:
         prepared = {"descriptor.type_embedding": self.type_embedding.rows(weights)}
         if self.reads_charge_spin:
             of_charge, of_spin = weights["descriptor.mix_cs_mlp.w"].chunk(2)
-            charge = self._table("chg_embedding", _N_CHARGES).rows(weights) @ of_charge
-            spin = self._table("spin_embedding", _N_SPINS).rows(weights) @ of_spin
+            charge = self._table("chg_embedding", len(CHARGES)).rows(weights) @ of_charge
+            spin = self._table("spin_embedding", len(SPINS)).rows(weights) @ of_spin
             prepared["descriptor.charge"] = charge + weights["descriptor.mix_cs_mlp.b"]
             prepared["descriptor.spin"] = spin
         return [prepared | self.repflow.prepare(weights)]
@@ -165,16 +164,7 @@ class DPA3:
 
     def _rows_of_tables(self, inputs: GraphInputs) -> Tensor:
         """Rows of the charge and the spin table of every atom, shape (n_atoms, 2)."""
-        first = inputs.charge_spin.new_tensor([_N_CHARGES // 2, 0])
-        rows = inputs.charge_spin + first
-        limits = rows.new_tensor([_N_CHARGES, _N_SPINS])
-        bad = ((rows < 0) | (rows >= limits) | (rows != rows.round())).any(dim=1)
-        if bad.any():
-            raise StructureError(
-                f"charge and spin of structure {int(bad.nonzero()[0])} are "
-                f"{inputs.charge_spin[bad][0].tolist()}; the model knows whole charges from "
-                f"{-_N_CHARGES // 2} to {_N_CHARGES // 2 - 1} and whole spins from 0 to {_N_SPINS - 1}"
-            )
+        rows = inputs.charge_spin - inputs.charge_spin.new_tensor([CHARGES.start, SPINS.start])
         return rows.to(torch.int64)[inputs.frames]
 
     def __call__(

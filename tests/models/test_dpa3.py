@@ -19,7 +19,7 @@ from reference_files import structures as reference_structures
 from torch import Tensor
 
 import mtinfer
-from mtinfer.errors import StructureError, UnsupportedModelError
+from mtinfer.errors import UnsupportedModelError
 from mtinfer.graph import trace
 from mtinfer.inputs import GraphInputs
 from mtinfer.models import EnergyModel
@@ -243,17 +243,6 @@ def test_charge_and_spin_belong_to_a_structure() -> None:
     torch.testing.assert_close(energies, torch.cat(singles), rtol=1e-13, atol=1e-13)
     swapped, _ = evaluate(model, weights, only_layout(model, prepare(model, structures, states[::-1])))
     assert ((energies - swapped).abs() > 1e-3).all()
-
-
-@pytest.mark.parametrize("state", [[-101.0, 0.0], [100.0, 0.0], [0.0, -1.0], [0.0, 100.0], [0.5, 0.0]])
-def test_charge_and_spin_that_the_model_does_not_know(state: list[float]) -> None:
-    model = build(add_chg_spin_ebd=True)
-    inputs = prepare(model, [cluster(2), cluster(2)], [[0.0, 0.0], state])
-    message = (
-        r"charge and spin of structure 1 are \[.*\]; .* charges from -100 to 99 and whole spins from 0 to 99"
-    )
-    with pytest.raises(StructureError, match=message):
-        model.layouts(inputs)
 
 
 def test_weights_that_no_layer_reads_are_left_out() -> None:

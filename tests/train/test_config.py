@@ -505,6 +505,19 @@ def test_parameters_that_frames_lack_are_found_at_once(kind: str, tmp_path: Path
         plan_of(content)
 
 
+def test_charges_that_no_model_knows_are_found_at_once(tmp_path: Path) -> None:
+    content = shared_input("dpa3")
+    content["model"]["shared_dict"]["desc"] |= {"add_chg_spin_ebd": True, "default_chg_spin": [0, 1]}
+    frames = [ase.Atoms("Cu2", [[0, 0, 0], [0, 0, 2.5]], info={"charge": charge}) for charge in (1, 100)]
+    for atoms in frames:
+        atoms.calc = SinglePointCalculator(atoms, energy=1.0)
+    ase.io.write(tmp_path / "frames.extxyz", frames)
+    data = content["training"]["data_dict"]["copper"]["training_data"]
+    data["systems"] = [str(tmp_path / "frames.extxyz")]
+    with pytest.raises(DataError, match=r"frame 1: charge and spin are \[100\.0, 1\.0\]"):
+        plan_of(content)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
