@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from numbers import Integral
-from typing import Any
+from typing import Any, SupportsFloat
 
 import ase
 import torch
@@ -89,8 +90,8 @@ class MTCalculator(Calculator):
         for keyword in kwargs.keys() - _KEYWORDS_OF_ASE:
             reason = _FOREIGN_KEYWORDS.get(keyword, f"it is unknown{nearest(keyword, _KEYWORDS)}")
             raise TypeError(f"MTCalculator does not take {keyword}=: {reason}")
-        if skin < 0:
-            raise ValueError(f"skin={skin} is negative; give 0 or more, in Å")
+        if not (isinstance(skin, SupportsFloat) and 0 <= skin < math.inf):
+            raise ValueError(f"skin={skin!r}; expected a finite number of Å, 0 or more")
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         if isinstance(model, Potential):
             if device is not None or dtype is not None or tabulate or compile is not True:

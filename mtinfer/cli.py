@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,12 @@ _COUNT = click.IntRange(min=1)
 
 
 class _Group(click.Group):
-    """Prints every `MtinferError`, and Ctrl-C, as one line on stderr; `--debug` shows tracebacks."""
+    """Prints every `MtinferError`, and Ctrl-C, as a line on stderr; `--debug`, anywhere, shows tracebacks."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--debug" in args:
+            args = ["--debug", *(word for word in args if word != "--debug")]
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         warnings.showwarning = _show_warning
@@ -209,7 +214,7 @@ def evaluate(
     _report(evaluation, model, json_file=json_file, csv_file=csv_file, plot=plot, output=output)
 
 
-def _unread(frames: list[Frame]) -> str:
+def _unread(frames: Sequence[Frame]) -> str:
     """Where labels are looked for, and what else the first frame has, for messages."""
     atoms = frames[0].atoms
     others = sorted({*atoms.info, *atoms.arrays} - {"numbers", "positions"})
@@ -246,8 +251,7 @@ def _report(
     plot: Path | None,
     output: Path | None,
 ) -> None:
-    from rich.console import Console
-
+    from .console import print_table
     from .evaluate import parity_plot, score_table, write_csv, write_json, write_predictions
 
     if output is not None:
@@ -259,7 +263,9 @@ def _report(
     if plot is not None:
         parity_plot(plot, evaluation)
     if evaluation.scores:
-        Console(width=None if sys.stdout.isatty() else 120).print(score_table(evaluation.scores))
+        print_table(score_table(evaluation.scores))
+    else:
+        click.echo(f"no frame carries a label{_unread(evaluation.frames)}: nothing to score", err=True)
     for path in (output, json_file, csv_file, plot):
         if path is not None:
             click.echo(f"wrote {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checkpoint.container import of_file
 from .checkpoint.load import check_weights
 from .checkpoint.records import Checkpoint, HeadRecord
 from .errors import UnsupportedModelError
@@ -16,6 +18,7 @@ from .graph import Answers, CompileMode, SharedGraph, signed
 from .models import EnergyModel
 from .models.tabulated import TabulatedDPA1, TabulatedSeE2A, tabulated
 from .stage_graphs import StageGraphs
+from .train.schema import unknown_options
 
 __all__ = ["HeadState", "checked", "head_states"]
 
@@ -76,7 +79,7 @@ def head_states(
             reasons[name] = record.refused
             continue
         try:
-            models[name] = _model(record, checkpoint.dialect)
+            models[name] = _model(record, checkpoint)
         except UnsupportedModelError as err:
             reasons[name] = str(err)
     faster = _tabulated(checkpoint, models, reasons) if tabulate else {}
@@ -104,16 +107,16 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
     for name, record in heads.items():
         if record.refused is None:
             try:
-                _model(record, checkpoint.dialect)
+                _model(record, checkpoint)
             except UnsupportedModelError as err:
                 heads[name] = replace(record, refused=str(err))
     return replace(checkpoint, heads=heads)
 
 
-def _model(record: HeadRecord, dialect: str) -> EnergyModel:
+def _model(record: HeadRecord, checkpoint: Checkpoint) -> EnergyModel:
     try:
         model = EnergyModel.from_config(
-            record.config, dialect, graph_lower_disabled=record.graph_lower_disabled
+            record.config, checkpoint.dialect, graph_lower_disabled=record.graph_lower_disabled
         )
     except UnsupportedModelError as err:
         raise UnsupportedModelError(f"head {record.name!r}: {err}") from err
@@ -121,7 +124,14 @@ def _model(record: HeadRecord, dialect: str) -> EnergyModel:
         raise UnsupportedModelError(
             f"head {record.name!r}: its configuration can't be read ({type(err).__name__}: {err})"
         ) from err
-    check_weights(record.name, record.weights, model.parameters())
+    if unknown := list(unknown_options(record.config)):
+        warnings.warn(
+            f"head {record.name!r} has options that mtinfer does not know and passes over: "
+            f"{', '.join(unknown)}; if they change the numbers, those here are wrong",
+            stacklevel=2,
+        )
+    with of_file(checkpoint.path):
+        check_weights(record.name, record.weights, model.parameters(), dialect=checkpoint.spelling)
     return model
 
 

@@ -11,7 +11,7 @@ import torch
 
 from .checkpoint.load import read as read_checkpoint
 from .checkpoint.precision import Precision, with_precision
-from .errors import CheckpointError, MtinferError, UnsupportedModelError
+from .errors import CheckpointError, MtinferError, UnsupportedModelError, first_line
 from .graph import CompileMode
 from .heads import head_states
 from .potential import Potential
@@ -118,11 +118,10 @@ def usable_device(name: str | torch.device | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as err:
-        reason = str(err).splitlines()[0]
+        torch.empty(0, device=name).numpy(force=True)  # numbers come back, which those of "meta" can't
+    except (RuntimeError, AssertionError, NotImplementedError) as err:
         raise MtinferError(
-            f"device {str(name)!r} can't be used ({reason}); try cpu, or cuda on a GPU"
+            f"device {str(name)!r} can't be used ({first_line(err)}); try cpu, or cuda on a GPU"
         ) from err
     return torch.device(name)
 

@@ -298,7 +298,8 @@ class Potential:
         if n_truncated:
             text = truncation(n_truncated, inputs.n_atoms, state.name, state.model)
             self._warn(
-                f"{text}; the nearest are used, as in training, and the energy is not smooth there",
+                f"{text}; the nearest are used, as in training, and the energy is not smooth there "
+                "(said once, of the structures evaluated first)",
                 key=f"truncated {state.name}",
             )
         return layouts
@@ -352,11 +353,10 @@ class Potential:
         if unknown:
             position = int(np.isin(atoms.numbers, unknown).argmax())
             symbol = numbers[int(atoms.numbers[position])]
-            known = ", ".join(type_map if type_dict is None else type_dict)
-            raise StructureError(
-                f"atom {position} is {symbol}, which head {state.name!r} does not know; "
-                f"its type map is {known}{nearest(symbol, index)}"
-            )
+            what = f"head {state.name!r} does not know; its type map is {', '.join(type_map)}"
+            if type_dict is not None:
+                what = f"type_dict lacks; it has {', '.join(type_dict)}"
+            raise StructureError(f"atom {position} is {symbol}, which {what}{nearest(symbol, index)}")
         if state.observed_types is not None:
             seen = {symbol for symbol, t in index.items() if type_map[t] in state.observed_types}
             for symbol in sorted(set(numbers.values()) - seen):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import ase.build
 import ase.io
@@ -215,8 +216,12 @@ def test_keywords_of_deepmd_kit_scripts(potential: Potential) -> None:
         MTCalculator(model=potential, head="water", neighbor_list=object())
     with pytest.raises(TypeError, match=r"belong to mtinfer\.load"):
         MTCalculator(potential, head="water", dtype="float32")
-    with pytest.raises(ValueError, match=r"skin=-1\.0 is negative"):
-        MTCalculator(potential, head="water", skin=-1.0)
+
+
+@pytest.mark.parametrize("skin", [-1.0, np.nan, np.inf, None, "1"])
+def test_skins_that_are_none(potential: Potential, skin: Any) -> None:
+    with pytest.raises(ValueError, match=rf"skin={skin!r}; expected a finite number of Å, 0 or more"):
+        MTCalculator(potential, head="water", skin=skin)
 
 
 @pytest.mark.filterwarnings("ignore:.*never saw Cu.*:mtinfer.potential.PredictionWarning")
@@ -330,9 +335,10 @@ def test_type_dict_names_types_that_are_no_elements(tmp_path: Path) -> None:
     of_types = {"H": np.int64(0), "O": 1, "Cu": 2}
     atoms.calc = MTCalculator(tmp_path / "sites.pt", compile=False, type_dict=of_types)
     assert atoms.get_potential_energy() == expected
-    for type_dict in ({"H": 0}, None):
+    reasons = {"atom 0 is O, which type_dict lacks; it has H": {"H": 0}, "map is HW, OW, Cu": None}
+    for reason, type_dict in reasons.items():
         atoms.calc = MTCalculator(tmp_path / "sites.pt", compile=False, type_dict=type_dict)
-        with pytest.raises(StructureError, match=r"atom 0 is O, which head .* does not know"):
+        with pytest.raises(StructureError, match=reason):
             atoms.get_potential_energy()
     with pytest.raises(MtinferError, match=r"type_dict maps Cu to 3, but head .* has the types"):
         MTCalculator(tmp_path / "sites.pt", compile=False, type_dict={"Cu": 3})

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from reference_files import DATA, SE_E2_A, STRIP
+from rich.table import Table
 
 from mtinfer.cli import main
+from mtinfer.console import print_table
 
 FRAMES = DATA / "frames"
 
@@ -162,7 +166,9 @@ def test_bad_weights_are_named(tmp_path: Path) -> None:
         fails_with(text, "convert", changed(tmp_path, change), "-o", tmp_path / "out.safetensors")
         assert not (tmp_path / "out.safetensors").exists()
 
-    check("out_bias", lambda content: content["model"].pop(key))
+    check("changed.pt': head 'water' lacks", lambda content: content["model"].pop(key))
+    bias = f"{key.removesuffix('out_bias')}fitting_net.bias_atom_e"
+    check("'atomic_model.fitting_net.bias_atom_e'", lambda content: content["model"].pop(bias))
     check("nonsense", lambda content: content["model"].update({"model.water.nonsense": torch.zeros(1)}))
     check("out_bias", lambda content: content["model"].update({key: torch.zeros(1, 4, 1)}))
     check("out_bias", lambda content: content["model"].update({key: torch.full((1, 3, 1), float("nan"))}))
@@ -172,6 +178,21 @@ def test_bad_weights_are_named(tmp_path: Path) -> None:
         heads["copper"]["model_branch_alias"] = ["liquid"]
 
     check("liquid", clash)
+
+
+def test_options_that_are_unknown_are_warned_of(tmp_path: Path) -> None:
+    def change(content: Any) -> None:
+        head = content["model"]["_extra_state"]["model_params"]["model_dict"]["copper"]
+        head["descriptor"] |= {"twist": 2, "fold": False}
+        head["fitting_net"]["bend"] = True
+
+    converted = run("convert", changed(tmp_path, change), "-o", tmp_path / "out.safetensors")
+    assert converted.exit_code == 0
+    unknown = "fitting_net.bend, descriptor.twist"
+    warned = f"head 'copper' has options that mtinfer does not know and passes over: {unknown};"
+    assert converted.stderr.count("warning") == converted.stderr.count(warned) == 1
+    usual = run("convert", SE_E2_A, "-o", tmp_path / "usual.safetensors")
+    assert not usual.stderr
 
 
 def test_bad_heads_and_structures_are_named(tmp_path: Path) -> None:
@@ -224,8 +245,33 @@ def test_unseen_element_is_warned_of_once() -> None:
 
 
 def test_debug_shows_the_traceback() -> None:
-    result = run("--debug", "info", "absent.pt")
-    assert type(result.exception).__name__ == "CheckpointError"
+    for arguments in (("--debug", "info", "absent.pt"), ("info", "absent.pt", "--debug")):
+        result = run(*arguments)
+        assert type(result.exception).__name__ == "CheckpointError"
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "nonsense"])
+def test_devices_that_can_not_be_used(device: str) -> None:
+    result = run("eval", "--head", "water", STRIP, FRAMES / "water.extxyz", "--device", device)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"mtinfer: device '{device}' can't be used (")
+    assert result.stderr.count("\n") == 1
+    assert len(result.stderr) < 320
+
+
+def test_a_narrow_terminal_loses_no_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    made = Table("a" * 30, "b" * 30)
+    made.add_row("1", "2")
+    with redirect_stdout(_Terminal()) as terminal:
+        print_table(made)
+    assert "a" * 30 in terminal.getvalue()
+    assert "b" * 30 in terminal.getvalue()
+
+
+class _Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.mark.parametrize(
@@ -256,6 +302,11 @@ def test_outputs_that_can_not_be_are_refused_before_the_work(tmp_path: Path) -> 
         assert refused.exit_code == 2
         assert f"would hold a {target} file" in refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["frames.extxyz"]
+    predicted = run("eval", "--head", "water", STRIP, frames, "--output", tmp_path / "p.xyz")
+    assert predicted.exit_code == 0
+    assert predicted.stdout == f"wrote {tmp_path / 'p.xyz'}\n"
+    assert "no frame carries a label" in predicted.stderr
+    assert predicted.stderr.endswith(": nothing to score\n")
 
 
 @pytest.mark.parametrize("debug", [False, True])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +16,8 @@ __all__ = ["StoredTensor", "file_kind", "read_pickle_bytes", "read_safetensors_h
 
 #: a longer header is no sensible file; the limit of the safetensors library
 MAX_HEADER = 100_000_000
+#: first bytes of a pickle, with which files of torch before 1.6 begin, too
+_LEGACY = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 CREATED = "expected a training checkpoint (.pt) or a file written by 'mtinfer convert' (.safetensors)"
 
 
@@ -55,8 +59,24 @@ def file_kind(path: Path) -> Literal["torch", "safetensors"]:
         return "torch"
     if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER:
         return "safetensors"
+    if start.startswith(_LEGACY):
+        raise CheckpointError(
+            f"{str(path)!r} is a pickle or in the format of torch before 1.6, which are not read; where you "
+            "trust it, save it anew: torch.save(torch.load(file), file)"
+        )
     what = f"begins with {start!r}" if start else "is empty"
     raise CheckpointError(f"{str(path)!r} is not a checkpoint: it {what}; {CREATED}")
+
+
+@contextlib.contextmanager
+def of_file(path: Path) -> Iterator[None]:
+    """Have errors about the content of a file name the file."""
+    try:
+        yield
+    except CheckpointError as err:
+        if str(path) in str(err):
+            raise
+        raise CheckpointError(f"{str(path)!r}: {err}") from err
 
 
 def read_pickle_bytes(path: Path) -> bytes:
@@ -81,8 +101,14 @@ def read_pickle_bytes(path: Path) -> bytes:
         raise CheckpointError(f"{str(path)!r} is truncated or damaged: {err}") from err
 
 
-def check_sums(path: Path) -> None:
+def check_records(path: Path) -> bool:
     """Compare the records of a file that ``torch.save`` wrote with their checksums, which torch passes over.
+
+    Returns
+    -------
+    bool
+        Whether all lie in the file as they are, so that it can be mapped into memory: ``torch.save`` never
+        compresses, but a file may have been packed anew, and torch reads a mapped one without a look at that.
 
     Raises
     ------
@@ -92,12 +118,14 @@ def check_sums(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
+            mappable = all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, zlib.error) as err:
         raise CheckpointError(f"{str(path)!r} is truncated or damaged: {err}") from err
     if damaged is not None:
         raise CheckpointError(
             f"{str(path)!r} is damaged: the checksum of {damaged!r} is wrong; copy it again"
         )
+    return mappable
 
 
 def read_safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:

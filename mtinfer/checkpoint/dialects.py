@@ -14,7 +14,16 @@ from typing import TypeVar
 
 from ..errors import CheckpointError
 
-__all__ = ["ALWAYS_FLOAT64", "DIALECTS", "DROPPED", "TABLE", "canonical_name", "canonical_weights", "detect"]
+__all__ = [
+    "ALWAYS_FLOAT64",
+    "DIALECTS",
+    "DROPPED",
+    "TABLE",
+    "canonical_name",
+    "canonical_weights",
+    "detect",
+    "file_key",
+]
 
 T = TypeVar("T")
 
@@ -221,6 +230,26 @@ def canonical_name(dialect: str, key: str) -> str | None:
         if match := expression.fullmatch(key):
             return canonical and render(canonical, match.groups(), spelling, CANONICAL)
     raise KeyError(key)
+
+
+@cache
+def _canonical_rules(dialect: str) -> list[tuple[re.Pattern[str], str]]:
+    column = DIALECTS[dialect].column
+    return [(compile_pattern(row[0], CANONICAL), row[column]) for row in TABLE]
+
+
+def file_key(dialect: str, name: str) -> str:
+    """Key of a weight in a file, relative to its head; the opposite of `canonical_name`.
+
+    Raises
+    ------
+    KeyError
+        No row of the table has a weight of that name.
+    """
+    for expression, pattern in _canonical_rules(dialect):
+        if match := expression.fullmatch(name):
+            return render(pattern, match.groups(), CANONICAL, DIALECTS[dialect])
+    raise KeyError(name)
 
 
 def canonical_weights(

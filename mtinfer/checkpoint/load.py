@@ -13,8 +13,8 @@ import torch
 
 from ..errors import CheckpointError
 from . import archive
-from .container import check_sums, file_kind, read_pickle_bytes
-from .dialects import canonical_weights
+from .container import check_records, file_kind, of_file, read_pickle_bytes
+from .dialects import canonical_weights, file_key
 from .heads import HeadEntries, find_head, split_state
 from .records import Checkpoint, HeadRecord, Source
 from .unpickle import load_structure
@@ -52,7 +52,8 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         weights that can't be assigned.
     """
     path = Path(path)
-    return archive.read(path) if file_kind(path) == "safetensors" else _read_training(path)
+    with of_file(path):
+        return archive.read(path) if file_kind(path) == "safetensors" else _read_training(path)
 
 
 def _read_training(path: Path) -> Checkpoint:
@@ -65,10 +66,10 @@ def _read_training(path: Path) -> Checkpoint:
 
 def _load_tensors(path: Path) -> object:
     structure = read_pickle_bytes(path)
-    check_sums(path)
+    mappable = check_records(path)
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except pickle.UnpicklingError as err:
         load_structure(structure, str(path))  # names the code, where that is the reason
         raise CheckpointError(f"{str(path)!r} holds objects other than tensors and plain data") from err
@@ -144,7 +145,11 @@ def _same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def check_weights(
-    head: str, weights: Mapping[str, torch.Tensor], expected: Mapping[str, ParameterSpec]
+    head: str,
+    weights: Mapping[str, torch.Tensor],
+    expected: Mapping[str, ParameterSpec],
+    *,
+    dialect: str | None = None,
 ) -> None:
     """Compare the weights of a head with what its model expects, strictly.
 
@@ -156,36 +161,42 @@ def check_weights(
         Tensors by canonical name.
     expected
         Shape and dtype by canonical name.
+    dialect
+        Of the file whose keys error messages name; None for canonical names.
 
     Raises
     ------
     CheckpointError
         A weight is missing or extra, has another shape or dtype, or holds NaN or infinity.
     """
+
+    def key(name: str) -> str:
+        return repr(name if dialect is None else file_key(dialect, name))
+
     if missing := [name for name in expected if name not in weights]:
         spec = expected[missing[0]]
         raise CheckpointError(
-            f"head {head!r} lacks the weight {missing[0]!r}{_and_more(missing)}: its configuration asks for "
-            f"shape {tuple(spec.shape)}, {_dtype(spec.dtype)}"
+            f"head {head!r} lacks the weight {key(missing[0])}{_and_more(missing)}: its configuration asks "
+            f"for shape {tuple(spec.shape)}, {_dtype(spec.dtype)}"
         )
     if extra := [name for name in weights if name not in expected]:
         raise CheckpointError(
-            f"head {head!r} has the weight {extra[0]!r}{_and_more(extra)}, shape "
+            f"head {head!r} has the weight {key(extra[0])}{_and_more(extra)}, shape "
             f"{tuple(weights[extra[0]].shape)}, that its configuration has no place for"
         )
     for name, spec in expected.items():
         tensor = weights[name]
         if tuple(tensor.shape) != tuple(spec.shape) or tensor.dtype != spec.dtype:
             raise CheckpointError(
-                f"the weight {name!r} of head {head!r} has shape {tuple(tensor.shape)}, "
+                f"the weight {key(name)} of head {head!r} has shape {tuple(tensor.shape)}, "
                 f"{_dtype(tensor.dtype)}; its configuration asks for {tuple(spec.shape)}, "
                 f"{_dtype(spec.dtype)}"
             )
         if name not in UNUSED and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
-                f"the weight {name!r} of head {head!r} holds NaN or infinity in {count} of {tensor.numel()} "
-                "numbers; the training diverged or the file is damaged"
+                f"the weight {key(name)} of head {head!r} holds NaN or infinity in {count} of "
+                f"{tensor.numel()} numbers; the training diverged or the file is damaged"
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ..descriptor_kinds import kind_of
 from . import schema
-from .container import file_kind, read_pickle_bytes, read_safetensors_header
+from .container import file_kind, of_file, read_pickle_bytes, read_safetensors_header
 from .dialects import canonical_weights
 from .heads import split_state
 from .refusals import refusal
@@ -116,7 +116,8 @@ def peek(path: str | os.PathLike[str]) -> CheckpointInfo:
         As for `load.read`, except that no number of a weight is looked at.
     """
     path = Path(path)
-    return _peek_converted(path) if file_kind(path) == "safetensors" else _peek_training(path)
+    with of_file(path):
+        return _peek_converted(path) if file_kind(path) == "safetensors" else _peek_training(path)
 
 
 def _peek_training(path: Path) -> CheckpointInfo:

@@ -60,6 +60,11 @@ class Checkpoint:
     has_debris: bool
 
     @property
+    def spelling(self) -> str | None:
+        """Dialect in which the file has the keys of its weights; None where they are canonical names."""
+        return self.dialect if self.source.sha256 is None else None
+
+    @property
     def aliases(self) -> dict[str, tuple[str, ...]]:
         """Aliases by head, as `find_head` takes them."""
         return {name: record.aliases for name, record in self.heads.items()}

@@ -65,6 +65,12 @@ def _descriptor_type(config: Config, _: Entries) -> Any:
     return next((kind for kind in map(kind_of, descriptors(config)) if kind not in KINDS), None)
 
 
+def _twice(config: Config, _: Entries) -> Any:
+    names = config.get("type_map")
+    names = [str(name) for name in names] if isinstance(names, list) else []
+    return next((name for k, name in enumerate(names) if name in names[:k]), None)
+
+
 def _precision(config: Config, _: Entries) -> Any:
     given = (part.get("precision") for part in (*descriptors(config), _fitting(config)))
     return next((name for name in given if name is not None and name not in PRECISIONS), None)
@@ -111,6 +117,7 @@ FEATURES: tuple[tuple[str, Callable[[Config, Entries], Any]], ...] = (
     ),
     ("case FiLM (case_film_embd)", lambda config, _: _fitting(config).get("case_film_embd")),
     ("the precision {!r}", _precision),
+    ("a type map that lists {!r} twice", _twice),
 )
 
 

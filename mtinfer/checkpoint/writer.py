@@ -6,7 +6,6 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from ..descriptor_kinds import KINDS, kind_of
 from ..errors import OutputError, UnsupportedModelError
 from ..files import check_output, replacing
 from ..models import EnergyModel
-from .dialects import CANONICAL, DIALECTS, TABLE, compile_pattern, render
+from .dialects import DIALECTS, file_key
 from .heads import DEFAULT_HEAD
 from .records import Checkpoint, HeadRecord
 
-__all__ = ["convert", "file_key", "training_content", "write_content"]
+__all__ = ["convert", "training_content", "write_content"]
 
 #: `se_atten` blocks, whose files carry a few tensors that no model reads
 _PAIR_BLOCKS = ("se_atten", "repinit", "repinit_three_body")
@@ -41,26 +40,6 @@ _CLASS_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "fitting_net": {"neuron": {"pt": [128, 128, 128], "pt_expt": [120, 120, 120]}},
 }
-
-
-@cache
-def _canonical_rules(dialect: str) -> list[tuple[Any, str]]:
-    column = DIALECTS[dialect].column
-    return [(compile_pattern(row[0], CANONICAL), row[column]) for row in TABLE]
-
-
-def file_key(dialect: str, name: str) -> str:
-    """Key of a weight in a file, relative to its head; the opposite of `dialects.canonical_name`.
-
-    Raises
-    ------
-    KeyError
-        No row of the table has a weight of that name.
-    """
-    for expression, pattern in _canonical_rules(dialect):
-        if match := expression.fullmatch(name):
-            return render(pattern, match.groups(), CANONICAL, DIALECTS[dialect])
-    raise KeyError(name)
 
 
 def head_entries(record: HeadRecord, dialect: str) -> dict[str, torch.Tensor]:

@@ -61,9 +61,13 @@ class _Silut(torch.autograd.Function):
         return gradient * (torch.sigmoid(z) * (low.to(x.dtype) + falling)), None, None, None
 
 
-def _softplus(x: Tensor) -> Tensor:
+def _exact_softplus(x: Tensor) -> Tensor:
     # overflow-safe, and free of softplus_backward, which has no second derivative under make_fx
     return torch.clamp(x, min=0.0) + torch.log1p(torch.exp(-torch.abs(x)))
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return torch.where(x > 20.0, x, _exact_softplus(x))  # as torch's
 
 
 def _silut(threshold: float) -> Callable[[Tensor], Tensor]:
@@ -89,22 +93,27 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": _softplus,
     "gelu": _gelu,
     "gelu_tf": _gelu,
-    # sqrt(2/π) rounded to float32
-    "gelu_rounded": lambda x: _gelu(x, 0.7978845834732056),
     "silu": _silu,
     "none": _identity,
     "linear": _identity,
 }
+#: what pt_expt has in repformer and repflow layers for the functions of these names
+_OF_MESSAGES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    # sqrt(2/π) rounded to float32
+    **dict.fromkeys(("gelu", "gelu_tf"), ("gelu_rounded", lambda x: _gelu(x, 0.7978845834732056))),
+    # torch's is x above 20
+    "softplus": ("softplus_exact", _exact_softplus),
+}
 
 
-def known_activation(name: object, *, rounded: bool = False) -> str:
+def known_activation(name: object, *, of_messages: bool = False) -> str:
     """Check the name that a configuration gives, and return it.
 
     Parameters
     ----------
-    rounded
-        of the layers in which pt_expt evaluates gelu with a constant in float32 (repformer, repflow); the
-        name returned then stands for that function.
+    of_messages
+        of repformer and repflow layers in pt_expt, where some functions differ in the ninth digit from
+        those of torch; the name returned then stands for theirs.
 
     Raises
     ------
@@ -112,7 +121,8 @@ def known_activation(name: object, *, rounded: bool = False) -> str:
         For an unknown name.
     """
     activation(str(name))
-    return "gelu_rounded" if rounded and str(name).lower() in ("gelu", "gelu_tf") else str(name)
+    own = _OF_MESSAGES.get(str(name).lower()) if of_messages else None
+    return own[0] if own else str(name)
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -126,9 +136,10 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     kind, _, argument = name.lower().partition(":")
     if kind in ("silut", "custom_silu"):
         return _silut(float(argument) if argument else 3.0)
-    if kind in _ACTIVATIONS and not argument:
-        return _ACTIVATIONS[kind]
-    allowed = (*(known for known in _ACTIVATIONS if known != "gelu_rounded"), "silut[:threshold]")
+    functions = {**_ACTIVATIONS, **dict(_OF_MESSAGES.values())}
+    if kind in functions and not argument:
+        return functions[kind]
+    allowed = (*_ACTIVATIONS, "silut[:threshold]")
     raise UnsupportedModelError(
         f"activation function {name!r} is unknown{nearest(name, allowed)}; known are {', '.join(allowed)}"
     )

@@ -102,7 +102,7 @@ class DPA2:
         """
         section = REPINIT_DEFAULTS | dict(required(config, "repinit", "dpa2"))
         options = RepformerOptions.from_config(required(config, "repformer", "dpa2"))
-        function = known_activation(options.activation_function, rounded=not pt)
+        function = known_activation(options.activation_function, of_messages=not pt)
         options = replace(options, activation_function=function)
         dtype = precision(config.get("precision", "default"))
         smooth = bool(config.get("smooth", True))

@@ -82,7 +82,7 @@ class DPA3:
             repflow=Repflow(
                 options,
                 n_types,
-                known_activation(config.get("activation_function", "silu"), rounded=not pt),
+                known_activation(config.get("activation_function", "silu"), of_messages=not pt),
                 float(config.get("env_protection", 0.0)),
                 dtype,
             ),

@@ -291,7 +291,8 @@ def row_peak(logits: Tensor) -> Tensor:
     """Largest entry of the last axis to float32 precision, kept as an axis of one: what a softmax subtracts.
 
     Its value cancels, so there is no derivative. The compiler's code for extrema of short rows is twice as
-    fast for floats as for doubles (torch 2.13).
+    fast for floats as for doubles (torch 2.13). What is left of a logit of 1e10 would overflow in `exp`; by
+    then doubles have no digits left for the softmax either.
     """
     peak: Tensor = logits.detach().to(torch.float32).amax(-1, keepdim=True).to(logits.dtype)
     return peak

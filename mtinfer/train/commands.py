@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,15 +183,14 @@ def verify(checkpoint: Path, data: tuple[Path, ...], heads: tuple[str, ...], com
     The function that training differentiates, eager evaluation, the compiled graph, and deepmd-kit where it
     can be imported. Exits with 1 where they differ beyond the precision of the model.
     """
-    from rich.console import Console
-
+    from ..console import print_table
     from ..data import read_frames
     from .verify import table
     from .verify import verify as compare
 
     frames = read_frames(data) if data else None
     found = list(compare(checkpoint, frames, heads=heads or None, compiled=compile_ == "on"))
-    Console(width=None if sys.stdout.isatty() else 120).print(table(found))
+    print_table(table(found))
     if not all(difference.accepted for difference in found):
         names = sorted({difference.head for difference in found if not difference.accepted})
         raise TrainingError(f"the ways of evaluation differ for {', '.join(names)}; please report this")

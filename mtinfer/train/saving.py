@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.dialects import file_key
 from ..checkpoint.records import HeadRecord
-from ..checkpoint.writer import file_key, training_content, write_content
+from ..checkpoint.writer import training_content, write_content
 from ..errors import OutputError, TrainingError
 from ..files import check_output
 from .curves import CURVE, PICTURES, read_curve

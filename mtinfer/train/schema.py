@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from ..checkpoint.refusals import descriptors
+from ..descriptor_kinds import kind_of
 from ..errors import ConfigError, nearest
 from ..models.dpa2 import REPINIT_DEFAULTS
 from ..models.repflow import RepflowOptions
 from ..models.repformer import RepformerOptions
 from .values import BOOL, VALUES, WITHOUT_EFFECT
 
-__all__ = ["DESCRIPTORS", "NEIGHBOR_COUNTS", "Section", "complete"]
+__all__ = ["DESCRIPTORS", "NEIGHBOR_COUNTS", "Section", "complete", "unknown_options"]
 
 #: default of a key that must be given
 REQUIRED: Any = object()
@@ -331,6 +333,29 @@ HEAD = Section(
         "finetune_head": "is not supported; give --finetune CHECKPOINT --head HEAD to mtinfer train",
     },
 )
+
+
+def unknown_options(head: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is set in the configuration of a head that deepmd-kit 3.2.0 does not have.
+
+    Options that are off (false, zero, empty) are passed over.
+    """
+    yield from _unknown(head, HEAD, "")
+    yield from _unknown(head["fitting_net"], FITTING, "fitting_net.")
+    for descriptor in descriptors(head):
+        section = {**DESCRIPTORS, "hybrid": HYBRID}[kind_of(descriptor)]
+        yield from _unknown(descriptor, section, "descriptor.")
+
+
+def _unknown(given: Mapping[str, Any], section: Section, path: str) -> Iterator[str]:
+    for key, value in given.items():
+        name = section.aliases.get(key, key)
+        if name in section.inner and isinstance(value, Mapping):
+            yield from _unknown(value, section.inner[name], f"{path}{key}.")
+        elif value and name not in section.defaults and name not in section.refused:
+            yield f"{path}{key}"
+
+
 LOSS = Section(
     {
         "type": "ener",

@@ -207,6 +207,20 @@ def test_bare_state_dict(changed: Writer) -> None:
     assert_same_head(checkpoint.heads["water"], read(SEPARATE).heads["water"])
 
 
+@pytest.mark.parametrize("packed", [None, "data/0", "data.pkl"])
+def test_a_file_that_was_packed_anew(tmp_path: Path, packed: str | None) -> None:
+    """torch reads compressed records of a mapped file as if they were numbers."""
+    path = tmp_path / "packed.pt"
+    with zipfile.ZipFile(SEPARATE) as source, zipfile.ZipFile(path, "w") as target:
+        for record in source.infolist():
+            compressed = packed is None or record.filename.endswith(f"/{packed}")
+            kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+            target.writestr(record.filename, source.read(record), kind)
+    before, after = read(SEPARATE), read(path)
+    for name, record in before.heads.items():
+        assert_same_head(record, after.heads[name])
+
+
 def test_learning_rate_as_numpy_scalar(changed: Writer) -> None:
     def change(content: Content) -> None:
         content["model"]["_extra_state"]["train_infos"]["lr"] = np.float64(0.25)
@@ -243,6 +257,7 @@ CONFIG_FEATURES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
         lambda config: config.update(descriptor={"type": "hybrid", "list": [{"type": "se_e3"}]}),
         "the descriptor 'se_e3'",
     ),
+    (lambda config: config.update(type_map=["O", "H", "O"]), "a type map that lists 'O' twice"),
     (lambda config: config["descriptor"].update(lmax=2), "angular channels"),
     (lambda config: config["descriptor"].update(attn_mask=True), "masked attention"),
     (lambda config: config["descriptor"].update(sel="auto:1.1"), "the neighbour count 'auto:1.1'"),
@@ -318,7 +333,9 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
     torch.save({"weights": {"a": torch.zeros(3)}}, path)
     raises_one_line(path, "no training checkpoint: it lacks the model with its configuration")
     torch.save([1, 2], path)
-    raises_one_line(path, "no training checkpoint")
+    raises_one_line(path, r"model\.pt': the file is no training checkpoint")
+    torch.save(torch.load(SEPARATE, weights_only=True), path, _use_new_zipfile_serialization=False)
+    raises_one_line(path, r"format of torch before 1\.6, .* save it anew: torch\.save\(torch\.load")
 
 
 def test_frozen_model_is_no_checkpoint(tmp_path: Path) -> None:
@@ -528,6 +545,9 @@ def test_nan_in_both_copies_of_a_weight_is_found_by_the_check(changed: Writer) -
     specs = {name: ParameterSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()}
     with pytest.raises(CheckpointError, match=r"'fitting_net.nets.0.layers.0.b' of head 'water' holds NaN"):
         check_weights("water", found, specs)
+    in_file = key.format("networks").removeprefix("model.water.")
+    with pytest.raises(CheckpointError, match=f"the weight '{in_file}' of head 'water' holds NaN"):
+        check_weights("water", found, specs, dialect="pt")
 
 
 def test_hybrid_members_keep_their_place() -> None:

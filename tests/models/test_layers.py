@@ -13,7 +13,7 @@ from random_models import network, random_weights
 
 from mtinfer.errors import UnsupportedModelError
 from mtinfer.graph import trace
-from mtinfer.models.activations import activation
+from mtinfer.models.activations import activation, known_activation
 from mtinfer.models.layers import (
     Network,
     Sloped,
@@ -28,6 +28,8 @@ from mtinfer.models.layers import (
 from mtinfer.models.layout import Argument
 
 X = torch.linspace(-12.0, 12.0, 97, dtype=torch.float64)
+#: torch's softplus is x above 20
+BEYOND = torch.cat([X, torch.linspace(19.0, 45.0, 27, dtype=torch.float64)])
 
 
 def slope(f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -42,7 +44,8 @@ def slope(f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.T
         ("relu", torch.relu),
         ("relu6", torch.nn.functional.relu6),
         ("sigmoid", torch.sigmoid),
-        ("softplus", lambda x: torch.nn.functional.softplus(x, threshold=100)),
+        ("softplus", torch.nn.functional.softplus),
+        ("softplus_exact", lambda x: torch.nn.functional.softplus(x, threshold=100)),
         ("gelu", lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
         ("gelu_tf", lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
         ("silu", torch.nn.functional.silu),
@@ -52,7 +55,7 @@ def slope(f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.T
     ],
 )
 def test_activations_known_to_torch(name: str, expected: object) -> None:
-    torch.testing.assert_close(activation(name)(X), expected(X), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(activation(name)(BEYOND), expected(BEYOND), rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,13 @@ def test_activations_do_not_overflow(name: str) -> None:
     far = torch.tensor([-800.0, 800.0], dtype=torch.float64)
     assert torch.isfinite(activation(name)(far)).all()
     assert torch.isfinite(slope(activation(name), far)).all()
+
+
+def test_functions_that_messages_of_pt_expt_have_instead() -> None:
+    others = {"GELU": "gelu_rounded", "gelu_tf": "gelu_rounded", "softplus": "softplus_exact"}
+    for name, own in {**others, "silu": "silu", "silut:2": "silut:2"}.items():
+        assert known_activation(name, of_messages=True) == own
+        assert known_activation(name) == name
 
 
 @pytest.mark.parametrize("name", ["tahn", "relu:2", "swish"])
