@@ -134,7 +134,7 @@ def refusal(head: str, config: Config, entries: Entries, *, trains: bool = False
         Weights by their key in the file, relative to the head; empty where these are not known.
     trains
         The head is to be trained, which settles what the configuration leaves to the data, and says itself
-        which descriptors it takes.
+        which descriptors and type maps it takes.
 
     Returns
     -------
@@ -142,7 +142,7 @@ def refusal(head: str, config: Config, entries: Entries, *, trains: bool = False
         One line that names head and feature; None where nothing stands against the head.
     """
     for text, test in FEATURES:
-        if trains and test in (_unsettled_sel, _descriptor_type):
+        if trains and test in (_unsettled_sel, _descriptor_type, _twice):
             continue
         if value := test(config, entries):
             return f"head {head!r} uses {text.format(value)}, which mtinfer does not evaluate"

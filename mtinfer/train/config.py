@@ -125,8 +125,8 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_config(content: object, path: Path) -> TrainConfig:
     """Check the content of a training input; see `read_config`."""
     top = complete(content, schema.TOP, "the input")
-    if (full := (top["validating"] or {}).get("full_validation", False)) is not False:
-        raise ConfigError(f"validating.full_validation is {full!r}, which is not supported; supported: false")
+    if top["validating"] is not None:
+        complete(top["validating"], schema.VALIDATING, "validating")
     training = complete(top["training"], schema.TRAINING, "training")
     multitask = isinstance(top["model"], Mapping) and "model_dict" in top["model"]
     _check_kind_of_input(top, training, multitask)

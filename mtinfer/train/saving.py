@@ -63,6 +63,7 @@ def head_records(plan: Plan, weights: AllWeights, observed: Mapping[str, list[st
 class Keeper:
     """Writes ``<name>-<step>.pt`` and keeps the newest few; ``<name>.pt`` leads to the newest.
 
+    Older ones go when the weights of the newest have given a finite loss, or at the end of the run.
     It removes only what its own run wrote, and what `claim` was forced to replace.
 
     Parameters
@@ -74,8 +75,9 @@ class Keeper:
     def __init__(self, output: Path, plan: Plan) -> None:
         self.plan = plan
         self.output, self.folder = output, output / plan.config.run.save_ckpt.parent
-        #: last checkpoint that was written, or resumed
+        #: last checkpoint that was written, or resumed, and the last whose weights gave a finite loss
         self.newest: Path | None = None
+        self._good: Path | None = None
         self._names = [plan.config.run.save_ckpt.name, f"{plan.config.run.save_ckpt.name}_ema"]
         #: name -> checkpoints of this run that are kept, oldest first
         self._written: dict[str, list[Path]] = {}
@@ -147,11 +149,28 @@ class Keeper:
         """Note a checkpoint that another process writes."""
         self.newest = self._path(self._names[0], step)
 
+    def accept(self) -> None:
+        """Note that the present weights gave a finite loss: older checkpoints than are kept can go."""
+        if self._good != self.newest:
+            self._good = self.newest
+            self.thin_out()
+
+    def thin_out(self) -> None:
+        """Remove checkpoints beyond the number to keep, oldest first."""
+        run = self.plan.config.run
+        for name, n_kept in zip(self._names, (run.max_ckpt_keep, run.ema_ckpt_keep), strict=True):
+            written = self._written.get(name, [])
+            for old in written[:-n_kept]:
+                old.unlink(missing_ok=True)
+            del written[:-n_kept]
+
     def last_good(self) -> str:
-        """Sentence that names the last checkpoint."""
-        if self.newest is None:
-            return "no checkpoint was written yet"
-        return f"the last good checkpoint is {self.newest}"
+        """Sentence that names the last checkpoint that is known to be good."""
+        if self._good is not None:
+            return f"the last good checkpoint is {self._good}"
+        if self.newest is not None:
+            return f"the checkpoint {self.newest} gave no finite loss"
+        return "no checkpoint was written yet"
 
     def save(self, state: RunState) -> None:
         """Write a checkpoint, and one of the averaged weights where there are any.
@@ -178,12 +197,12 @@ class Keeper:
                 "dialect": self.plan.dialect,
             },
         }
-        run, (name, ema_name) = self.plan.config.run, self._names
+        name, ema_name = self._names
         if state.ema is not None:
             content["ema"] = self._ema_entry(state)
             averaged = {"model": self._model(state, self._averaged(state))}
-            self._write(ema_name, state.step, averaged, run.ema_ckpt_keep)
-        self.newest = self._write(name, state.step, content, run.max_ckpt_keep)
+            self._write(ema_name, state.step, averaged)
+        self.newest = self._write(name, state.step, content)
 
     def _model(self, state: RunState, weights: AllWeights) -> dict[str, Any]:
         return training_content(
@@ -209,15 +228,11 @@ class Keeper:
             averaged[prefix + file_key(self.plan.dialect, name)] = tensor.cpu()
         return {"decay": self.plan.config.run.ema_decay, "model": averaged, "validation_state": {}}
 
-    def _write(self, name: str, step: int, content: Mapping[str, Any], n_kept: int) -> Path:
+    def _write(self, name: str, step: int, content: Mapping[str, Any]) -> Path:
         path = self._path(name, step)
         write_content(path, content)
         _lead(self.folder / f"{name}.pt", path.name)
-        written = self._written.setdefault(name, [])
-        written.append(path)
-        for old in written[:-n_kept]:
-            old.unlink(missing_ok=True)
-        del written[:-n_kept]
+        self._written.setdefault(name, []).append(path)
         return path
 
     def _path(self, name: str, step: int) -> Path:

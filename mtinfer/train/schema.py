@@ -17,7 +17,7 @@ from ..errors import ConfigError, nearest
 from ..models.dpa2 import REPINIT_DEFAULTS
 from ..models.repflow import RepflowOptions
 from ..models.repformer import RepformerOptions
-from .values import BOOL, VALUES, WITHOUT_EFFECT
+from .values import BOOL, VALIDATING_WITHOUT_EFFECT, VALUES, WITHOUT_EFFECT
 
 __all__ = ["DESCRIPTORS", "NEIGHBOR_COUNTS", "Section", "complete", "unknown_options"]
 
@@ -503,6 +503,14 @@ TRAINING = Section(
             ("systems", "batch_size", "auto_prob", "sys_probs"), "belongs in the section training_data"
         ),
     },
+)
+VALIDATING = Section(
+    {
+        "full_validation": False,
+        "ema_full_validation": False,
+        **dict.fromkeys(VALIDATING_WITHOUT_EFFECT, ABSENT),
+    },
+    only={"full_validation": (False,), "ema_full_validation": (False,)},
 )
 TOP = Section(
     {

@@ -224,6 +224,7 @@ class Trainer:
                     self._save()
                 if stop:
                     break
+        self.keeper.thin_out()
         return self.step == n_steps
 
     def _kept_rows(self) -> list[dict[str, Any]]:
@@ -263,6 +264,7 @@ class Trainer:
                 f"the loss of task {task.name!r} is {float(loss)} at step {self.step + 1} (learning rate "
                 f"{lr:.3g}); lower start_lr or look at the data; {self.keeper.last_good()}"
             )
+        self.keeper.accept()
         self._errors[k] = self._errors[k] + Errors.of(batch, result.energy, result.forces, result.virial)
         labels_of = (f"{self._owners(task.name, name)}/{name}" for name in names)
         self._update(dict(zip(labels_of, gradients, strict=True)), lr)
@@ -299,6 +301,7 @@ class Trainer:
     def _display(
         self, curve: LearningCurve | None, lr: float, seconds: float, shown: Callable[[Shown], None]
     ) -> None:
+        self._pool_errors()
         found: dict[str, tuple[Errors | None, Errors | None]] = {}
         for k, task in enumerate(self.plan.tasks):
             training = self._errors[k] if bool(self._errors[k].counts.any()) else None
@@ -311,6 +314,11 @@ class Trainer:
             self._last_display = now, self.step
             rate = (self.step - step) / max(now - then, 1e-9)
             shown(Shown(self.step, lr, rate, found))
+
+    def _pool_errors(self) -> None:
+        """Give every process the mean of the errors of all, whose ratios are what is shown."""
+        own = [torch.stack([found.squares, found.counts]).to(self.device) for found in self._errors]
+        self._errors = [Errors(*of_task.cpu()) for of_task in self.ranks.mean(own)]
 
     def _validate(self, k: int, task: Task) -> Errors | None:
         if task.config.validation is None or not task.validation:
@@ -344,6 +352,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
+        self._pool_errors()
         if not self.ranks.is_first:
             self.keeper.saved_elsewhere(self.step)
             return

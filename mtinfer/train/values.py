@@ -133,6 +133,19 @@ WITHOUT_EFFECT = (
     "stat_file",
     "stat_file_mode",
 )
+#: the same of the section `validating`: they concern a validation that is not supported
+VALIDATING_WITHOUT_EFFECT = (
+    "validation_freq",
+    "save_best",
+    "save_best_dir",
+    "max_best_ckpt",
+    "validation_metric",
+    "full_val_file",
+    "full_val_start",
+    "compiled_infer",
+    "tf32_infer",
+    "amp_infer",
+)
 #: key -> values that it takes, in any section. A key whose default is true or false takes these; one whose
 #: default is null takes null, too; and one with a list of supported values (`Section.only`) takes these
 VALUES: dict[str, Values] = {
@@ -183,7 +196,7 @@ VALUES: dict[str, Values] = {
     )
     for key in keys.split()
 } | {
-    **dict.fromkeys(WITHOUT_EFFECT, ANYTHING),
+    **dict.fromkeys((*WITHOUT_EFFECT, *VALIDATING_WITHOUT_EFFECT), ANYTHING),
     "activation_function": Values(
         "an activation function: tanh, relu, relu6, sigmoid, softplus, gelu, gelu_tf, silu, none, linear, "
         "silut[:threshold]",

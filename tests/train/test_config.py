@@ -149,6 +149,7 @@ WRONG: list[tuple[Change, str]] = [
     (_set("optimizer", {"type": "LKF"}), r"optimizer.type is 'LKF'.*supported: Adam, AdamW"),
     (_set("learning_rate/type", "linear"), r"learning_rate.type is 'linear', which is not supported"),
     (_set("validating", {"full_validation": True}), r"validating.full_validation is True"),
+    (_set("validating", {"full_validaton": True}), r"'full_validaton' in validating .*'full_validation'"),
 ]
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny_inputs import SYSTEMS, shared_input
+
+from mtinfer.train.curves import CURVE, read_curve
 
 #: one system of two frames per task, so that two processes see in a step what one sees in a batch of two
 TWO_FRAMES = {"clusters": SYSTEMS["clusters"][1:2], "copper": SYSTEMS["copper"][1:2]}
@@ -44,6 +48,14 @@ def numbers(folder: Path) -> dict[str, torch.Tensor]:
     return found | {f"gradient {k}": moments[k]["exp_avg"] for k in moments}
 
 
+def errors(curve: Path) -> list[dict[str, float]]:
+    """Numbers of a learning curve but the time."""
+    return [
+        {name: float(row[name] or -1.0) for name in row if name not in ("task", "seconds")}
+        for row in read_curve(curve)
+    ]
+
+
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     for name, n_processes, batch_size in (("one", 1, 2), ("two", 2, 1)):
         done = run(tmp_path / name, n_processes, batch_size, numb_steps=6)
@@ -53,6 +65,10 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-9, atol=1e-11, msg=name)
+    rows, expected = (errors(tmp_path / name / CURVE) for name in ("two", "one"))
+    assert len(rows) == len(expected) > 0
+    for row, alone in zip(rows, expected, strict=True):
+        assert row == pytest.approx(alone, rel=1e-6)
     untouched = run(tmp_path / "other", 1, 1, numb_steps=6)
     assert untouched.returncode == 0
     other = numbers(tmp_path / "other")
@@ -68,10 +84,10 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
         "from mtinfer.cli import main\n"
         "from mtinfer.train import trainer\n"
         "advance = trainer.Trainer._advance\n"
-        "def mortal(self):\n"
+        "def mortal(self, *arguments):\n"
         "    if self.ranks.rank == 1 and self.step == 3:\n"
         "        os._exit(7)\n"
-        "    return advance(self)\n"
+        "    return advance(self, *arguments)\n"
         "trainer.Trainer._advance = mortal\n"
         "main()\n"
     )
@@ -80,5 +96,5 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
     command += ["train", inputs, "--output", str(folder), "--compile", "off"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
-    assert "exitcode" in done.stderr
+    assert re.search(r"exitcode *: 7 ", done.stderr), done.stderr
     assert not (folder / "model.ckpt-50.pt").exists()

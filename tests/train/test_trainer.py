@@ -428,6 +428,27 @@ def test_what_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
     mtinfer.load(tmp_path / "model.ckpt.pt", compile=False)
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_weights_of_a_good_checkpoint_gave_a_finite_loss(tmp_path: Path) -> None:
+    once = {"save_freq": 1, "max_ckpt_keep": 1, "enable_ema": True}
+    plan = plan_of(shared_input("dpa1strip", numb_steps=50, **once))
+    trainer = Trainer(plan, tmp_path, mode="off")
+
+    def tick(step: int) -> None:
+        if step == 5:
+            for task in SYSTEMS:
+                own = trainer.weights[task]
+                own[max(name for name in own if ".nets.0." in name and name.endswith(".w"))].fill_(1e300)
+
+    with pytest.raises(TrainingError, match=f"; the last good checkpoint is {tmp_path}/model.ckpt-4.pt$"):
+        trainer.run(tick=tick)
+    kept = sorted(path.name for path in tmp_path.glob("*-?.pt"))
+    assert kept == [f"model.ckpt{averaged}-{step}.pt" for averaged in ("", "_ema") for step in (4, 5)]
+    again = Trainer(plan, tmp_path, start=Start(resume=tmp_path / "model.ckpt-5.pt"), mode="off")
+    with pytest.raises(TrainingError, match=r"the checkpoint .*model.ckpt-5.pt gave no finite loss$"):
+        again.run()
+
+
 def test_fine_tuning_starts_from_a_head(tmp_path: Path) -> None:
     source = trained(tmp_path / "source", 6)
     plan = plan_of(shared_input("dpa1strip", seed=5))
