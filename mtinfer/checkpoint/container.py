@@ -12,7 +12,14 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors import CheckpointError
 
-__all__ = ["StoredTensor", "file_kind", "read_pickle_bytes", "read_safetensors_header"]
+__all__ = [
+    "StoredTensor",
+    "check_records",
+    "file_kind",
+    "of_file",
+    "read_pickle_bytes",
+    "read_safetensors_header",
+]
 
 #: a longer header is no sensible file; the limit of the safetensors library
 MAX_HEADER = 100_000_000

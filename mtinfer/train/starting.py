@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.container import file_kind
+from ..checkpoint.container import file_kind, of_file
 from ..checkpoint.dialects import canonical_name
 from ..checkpoint.heads import DEFAULT_HEAD
 from ..checkpoint.load import check_weights, read
@@ -98,7 +98,8 @@ def resumed(path: Path, plan: Plan) -> RunState:
     owners = Owners(plan.config.links)
     stored = {name: record.weights for name, record in checkpoint.heads.items()}
     for head, model in plan.models.items():
-        check_weights(head, stored[head], model.parameters())
+        with of_file(path):
+            check_weights(head, stored[head], model.parameters(), dialect=checkpoint.spelling)
     weights = {
         head: {name: stored[owners(head, name)][name] for name in model.parameters()}
         for head, model in plan.models.items()
