@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -61,6 +62,14 @@ _OPTIONS = {
 def _compiler(process: int) -> threading.Lock:
     """The compiler is no business of two threads at a time; a forked process doesn't inherit a held lock."""
     return threading.Lock()
+
+
+def _require_compiler() -> None:
+    """Raise where the compiler that torch calls is not there (asking torch takes a second)."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    name = os.environ.get("CXX", usual)
+    if shutil.which(name) is None:
+        raise FileNotFoundError(f"no C++ compiler {name!r}; install one, or name it in CXX")
 
 
 class GraphWarning(UserWarning):
@@ -269,6 +278,8 @@ class SharedGraph:
         try:
             store = GraphStore(cache_directory(), graph_key(self.signature, device))
             compiled = _stored(store, device)
+            if compiled is None and self.mode in ("wait", "background"):
+                _require_compiler()  # at once: not after the calls that are eager in any case
             if compiled is None and compile_missing:
                 with _compiler(os.getpid()), store.alone():
                     if self.mode == "off":
@@ -283,13 +294,11 @@ class SharedGraph:
 
     def _compile(self, store: GraphStore) -> LoadedGraph:
         from torch._inductor import aot_compile
-        from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.package.package import package_aoti
         from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
         from .cpu_code import cpu_code
 
-        get_cpp_compiler()  # raises where there is none: before the minute that the rest takes
         # torch 2.13 warns of itself, and on a GPU recommends a precision that is none
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
