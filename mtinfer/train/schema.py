@@ -305,7 +305,7 @@ FITTING = Section(
     },
     {"n_neuron": "neuron"},
     {"type": ("ener",), "rcond": (None,)},
-    refused=_unsupported("layer_name case_film_embd"),
+    refused=_unsupported("layer_name case_film_embd exclude_types"),
 )
 HEAD = Section(
     {
