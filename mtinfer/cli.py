@@ -69,7 +69,8 @@ def info(file: Path, as_json: bool) -> None:
     """Show what is in FILE.
 
     Heads, elements, descriptor, sizes, what is shared. FILE is a training checkpoint (.pt, either dialect) or
-    a converted file. Only metadata is read.
+    a converted file. Only metadata is read; whether weights and options fit each other is found when the file
+    is loaded.
     """
     from .checkpoint.describe import describe
     from .checkpoint.peek import peek
