@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +138,7 @@ def _run(trainer: Trainer, plan: Plan, ranks: Ranks) -> bool:
             progress.console.print(line, highlight=False) if console.is_terminal else click.echo(line)
 
         def shown(report: Shown) -> None:
-            for line in report_lines(report):
+            for line in report_lines(report, total):
                 say(line)
 
         if ranks.is_first:
@@ -145,12 +146,14 @@ def _run(trainer: Trainer, plan: Plan, ranks: Ranks) -> bool:
         return trainer.run(shown=shown, tick=tick)
 
 
-def report_lines(report: Shown) -> list[str]:
-    """One line per task: step, learning rate, speed, root mean square errors of training and validation."""
+def report_lines(report: Shown, n_steps: int) -> list[str]:
+    """One line per task: step, learning rate, speed, time left, errors of training and validation."""
+    left = timedelta(seconds=round((n_steps - report.step) / report.steps_per_second))
     lines = []
     for task, pair in report.errors.items():
         parts = [
-            f"step {report.step:>8}  lr {report.lr:.2e}  {report.steps_per_second:.3g} steps/s  {task:<12}"
+            f"step {report.step:>8}  lr {report.lr:.2e}  {report.steps_per_second:.3g} steps/s  "
+            f"{left} left  {task:<12}"
         ]
         for name, errors in zip(("train", "valid"), pair, strict=True):
             if errors is not None:

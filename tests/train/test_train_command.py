@@ -87,3 +87,14 @@ def test_an_interrupted_command_ends_with_130(tmp_path: Path, monkeypatch: pytes
     result = train(tmp_path)
     assert result.exit_code == 130
     assert result.stderr == "mtinfer: interrupted\n"
+
+
+def test_what_is_shown_of_a_training(tmp_path: Path) -> None:
+    result = train(tmp_path, content=shared_input("dpa1strip", numb_steps=2, disp_freq=1))
+    assert result.exit_code == 0, result.output
+    shown = re.findall(
+        r"step +(\d)  lr \S+  \S+ steps/s  (\d:\d\d:\d\d) left  (\w+) +.*valid E \S+", result.stdout
+    )
+    tasks = list(SYSTEMS)
+    assert [(step, task) for step, _, task in shown] == [(step, task) for step in "12" for task in tasks]
+    assert [left for step, left, _ in shown if step == "2"] == ["0:00:00"] * len(tasks)
