@@ -14,7 +14,7 @@ from . import schema
 from .loss import LossConfig
 from .model_section import Link, read_model
 from .schema import complete
-from .values import NOT_NEGATIVE, WITHOUT_EFFECT
+from .values import NOT_NEGATIVE, VALIDATING_WITHOUT_EFFECT, WITHOUT_EFFECT
 
 __all__ = ["DataConfig", "OptimizerConfig", "RunOptions", "TaskConfig", "TrainConfig", "read_config"]
 
@@ -148,7 +148,7 @@ def parse_config(content: object, path: Path) -> TrainConfig:
 def _without_effect(
     top: Mapping[str, Any], training: Mapping[str, Any], heads: Mapping[str, Any], multitask: bool
 ) -> Iterator[str]:
-    """Yield keys that are given and change no number here; of `validating`, all but the one checked."""
+    """Yield keys that are given and change no number here."""
     sections = {"training": training, "loss": top["loss"] or {}, "validating": top["validating"] or {}}
     sections |= {f"model_dict.{name}" if multitask else "model": head for name, head in heads.items()}
     for path in ("loss_dict", "training.data_dict"):
@@ -156,8 +156,7 @@ def _without_effect(
         sections |= {f"{path}.{name}": entry for name, entry in entries.items() if name in heads}
     for where, section in sections.items():
         for key in section:
-            unread = where == "validating" and key != "full_validation" and key[:1] != "_"
-            if unread or key in (*WITHOUT_EFFECT, "data_bias_nsample", "huber_delta"):
+            if key in (*WITHOUT_EFFECT, *VALIDATING_WITHOUT_EFFECT, "data_bias_nsample", "huber_delta"):
                 yield f"{where}.{key}"
     rate, own = top["learning_rate"], _learning_rate(top)["type"]
     others = {key for kind, keys in schema.KEYS_OF_SCHEDULES.items() if kind != own for key in keys}

@@ -150,13 +150,11 @@ class Keeper:
         self.newest = self._path(self._names[0], step)
 
     def accept(self) -> None:
-        """Note that the present weights gave a finite loss: older checkpoints than are kept can go."""
-        if self._good != self.newest:
-            self._good = self.newest
-            self.thin_out()
+        """Note that the weights gave a finite loss since the last checkpoint was written."""
+        self._good = self.newest
 
     def thin_out(self) -> None:
-        """Remove checkpoints beyond the number to keep, oldest first."""
+        """Remove checkpoints beyond the number to keep, oldest first; for the process that writes them."""
         run = self.plan.config.run
         for name, n_kept in zip(self._names, (run.max_ckpt_keep, run.ema_ckpt_keep), strict=True):
             written = self._written.get(name, [])

@@ -111,6 +111,27 @@ def complete(given: object, section: Section, where: str) -> dict[str, Any]:
     return found
 
 
+def unknown_options(head: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is set in the configuration of a head that deepmd-kit 3.2.0 does not have.
+
+    Options that are off (false, zero, empty) are passed over.
+    """
+    yield from _unknown(head, HEAD, "")
+    yield from _unknown(head["fitting_net"], FITTING, "fitting_net.")
+    sections = {**DESCRIPTORS, "hybrid": HYBRID}
+    for descriptor in descriptors(head):
+        yield from _unknown(descriptor, sections[kind_of(descriptor)], "descriptor.")
+
+
+def _unknown(given: Mapping[str, Any], section: Section, path: str) -> Iterator[str]:
+    for key, value in given.items():
+        name = section.aliases.get(key, key)
+        if name in section.inner and isinstance(value, Mapping):
+            yield from _unknown(value, section.inner[name], f"{path}{key}.")
+        elif value and name not in section.defaults and name not in section.refused:
+            yield f"{path}{key}"
+
+
 # ---- sections ----------------------------------------------------------------------------------------
 
 _UNSUPPORTED = "is not supported; leave it out"
@@ -333,29 +354,6 @@ HEAD = Section(
         "finetune_head": "is not supported; give --finetune CHECKPOINT --head HEAD to mtinfer train",
     },
 )
-
-
-def unknown_options(head: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is set in the configuration of a head that deepmd-kit 3.2.0 does not have.
-
-    Options that are off (false, zero, empty) are passed over.
-    """
-    yield from _unknown(head, HEAD, "")
-    yield from _unknown(head["fitting_net"], FITTING, "fitting_net.")
-    for descriptor in descriptors(head):
-        section = {**DESCRIPTORS, "hybrid": HYBRID}[kind_of(descriptor)]
-        yield from _unknown(descriptor, section, "descriptor.")
-
-
-def _unknown(given: Mapping[str, Any], section: Section, path: str) -> Iterator[str]:
-    for key, value in given.items():
-        name = section.aliases.get(key, key)
-        if name in section.inner and isinstance(value, Mapping):
-            yield from _unknown(value, section.inner[name], f"{path}{key}.")
-        elif value and name not in section.defaults and name not in section.refused:
-            yield f"{path}{key}"
-
-
 LOSS = Section(
     {
         "type": "ener",

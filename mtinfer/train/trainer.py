@@ -214,17 +214,21 @@ class Trainer:
                     self.keeper.clear()
                     curve = LearningCurve(self.folder / CURVE, kept)
                 last = self.step == n_steps
-                if self.step % run.disp_freq == 0 or last:
+                shows = self.step % run.disp_freq == 0 or last
+                saves = self.step % run.save_freq == 0 or last or stop
+                if shows or saves:
+                    self._pool_errors()
+                if shows:
                     try:
                         self._display(curve, lr, time.monotonic() - began, shown)
                     except OutputError:  # of the learning curve: the training itself is not lost with it
                         self._save()
                         raise
-                if self.step % run.save_freq == 0 or last or stop:
+                if saves:
                     self._save()
                 if stop:
                     break
-        self.keeper.thin_out()
+        self._thin_out()
         return self.step == n_steps
 
     def _kept_rows(self) -> list[dict[str, Any]]:
@@ -265,6 +269,7 @@ class Trainer:
                 f"{lr:.3g}); lower start_lr or look at the data; {self.keeper.last_good()}"
             )
         self.keeper.accept()
+        self._thin_out()
         self._errors[k] = self._errors[k] + Errors.of(batch, result.energy, result.forces, result.virial)
         labels_of = (f"{self._owners(task.name, name)}/{name}" for name in names)
         self._update(dict(zip(labels_of, gradients, strict=True)), lr)
@@ -301,7 +306,6 @@ class Trainer:
     def _display(
         self, curve: LearningCurve | None, lr: float, seconds: float, shown: Callable[[Shown], None]
     ) -> None:
-        self._pool_errors()
         found: dict[str, tuple[Errors | None, Errors | None]] = {}
         for k, task in enumerate(self.plan.tasks):
             training = self._errors[k] if bool(self._errors[k].counts.any()) else None
@@ -351,8 +355,11 @@ class Trainer:
             observed=self._observed,
         )
 
+    def _thin_out(self) -> None:
+        if self.ranks.is_first:
+            self.keeper.thin_out()
+
     def _save(self) -> None:
-        self._pool_errors()
         if not self.ranks.is_first:
             self.keeper.saved_elsewhere(self.step)
             return

@@ -75,13 +75,19 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     assert any(float((other[n] - t).abs().max()) > 1e-6 for n, t in one.items() if t.numel())
 
 
-def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
-    folder = tmp_path / "dies"
+def run_script(folder: Path, change: str, **training: Any) -> subprocess.CompletedProcess[str]:
+    """Train with two processes after `change`, code that alters the package."""
     folder.mkdir()
-    script = folder / "dies.py"
-    script.write_text(
-        "import os\n"
-        "from mtinfer.cli import main\n"
+    script = folder / "changed.py"
+    script.write_text(f"import os\nfrom mtinfer.cli import main\n{change}main()\n")
+    inputs = str(input_file(folder, 1, **training))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    command += ["train", inputs, "--output", str(folder), "--compile", "off"]
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
+
+
+def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
+    change = (
         "from mtinfer.train import trainer\n"
         "advance = trainer.Trainer._advance\n"
         "def mortal(self, *arguments):\n"
@@ -89,12 +95,22 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
         "        os._exit(7)\n"
         "    return advance(self, *arguments)\n"
         "trainer.Trainer._advance = mortal\n"
-        "main()\n"
     )
-    inputs = str(input_file(folder, 1, numb_steps=50))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    command += ["train", inputs, "--output", str(folder), "--compile", "off"]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
+    done = run_script(tmp_path / "dies", change, numb_steps=50)
     assert done.returncode != 0
     assert re.search(r"exitcode *: 7 ", done.stderr), done.stderr
-    assert not (folder / "model.ckpt-50.pt").exists()
+    assert not (tmp_path / "dies/model.ckpt-50.pt").exists()
+
+
+def test_a_curve_that_fails_in_one_process_leaves_a_checkpoint(tmp_path: Path) -> None:
+    change = (
+        "from mtinfer.errors import OutputError\n"
+        "from mtinfer.train.curves import LearningCurve\n"
+        "def full(*_):\n"
+        "    raise OutputError('no space')\n"
+        "LearningCurve.add = full\n"
+    )
+    done = run_script(tmp_path / "full", change, numb_steps=50, disp_freq=3, save_freq=50)
+    assert done.returncode != 0
+    assert "mtinfer: no space" in done.stderr
+    assert (tmp_path / "full/model.ckpt-3.pt").exists()
