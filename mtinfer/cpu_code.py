@@ -205,6 +205,8 @@ def _with_short_functions() -> Iterator[None]:
 
 #: longest inner axis of products that are written out; beyond it the right factor doesn't fit a cache
 _MAX_INNER = 1024
+#: most entries of a product whose inner axis has no fixed length
+_MAX_RESULT = 2**16
 _HEADERS = Path(__file__).parent
 _PRODUCT = """#include "{headers}/product.h"
 extern "C"
@@ -253,18 +255,19 @@ def _has_avx() -> bool:
 
 
 def _is_written_out(left: Any, right: Any) -> bool:
-    """Whether a product is one for `product.h`: no vector in it, and the inner axis short.
+    """Whether a product is one for `product.h`: no vector in it, and one matrix of it small.
 
-    Where it has no fixed size it may be long, except in batches (gradients of weights have all rows there).
+    That is the right factor, or the result where the inner axis is as long as the data, as in gradients of
+    weights.
     """
     *batch, n_rows, n_inner = left.get_size()
     n_columns = right.get_size()[-1]
     if left.get_dtype() not in (torch.float64, torch.float32):
         return False
-    known = V.graph.sizevars.statically_known_equals
+    known, at_most = V.graph.sizevars.statically_known_equals, V.graph.sizevars.statically_known_leq
     if known(n_rows, 1) or known(n_columns, 1) or known(n_inner, 1):
         return False
-    return bool(batch) or V.graph.sizevars.statically_known_leq(n_inner, _MAX_INNER)
+    return bool(batch) or at_most(n_inner, _MAX_INNER) or at_most(n_rows * n_columns, _MAX_RESULT)
 
 
 class _Product(CppTemplate):

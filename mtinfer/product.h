@@ -41,6 +41,8 @@ struct Product {
     static constexpr int64_t max_width = 3;                   // of a panel, in vectors
     static constexpr int64_t n_sums = sizeof(Vector) >= 64 ? 24 : 12;  // registers for sums
     static constexpr double min_parallel = 1e5;              // multiplications worth more than one thread
+    static constexpr int64_t long_inner = 256;               // inner axis of a part of a long one
+    static constexpr int64_t max_sums = 1 << 20;             // of all parts, but for a single one
 
     int64_t n_rows, n_columns, n_inner;
     int64_t row_stride, inner_stride;              // of the left factor
@@ -138,10 +140,41 @@ struct Product {
         }
     }
 
+    // one product with a long inner axis, as in gradients of weights: sums over parts of it, then over the parts
+    void in_parts(const T* left, const T* right, T* result, bool parallel) const {
+        const int64_t size = n_rows * n_columns;
+        const int64_t most = std::clamp<int64_t>(max_sums / size, 1, 64);
+        const int64_t n_parts = std::min(most, (n_inner + long_inner - 1) / long_inner);
+        const int64_t length = (n_inner + n_parts - 1) / n_parts;
+        const std::unique_ptr<T[]> sums(new T[n_parts * size]);
+#pragma omp parallel if (parallel)
+        {
+            Product part = *this;
+            part.n_inner = length;
+            const std::unique_ptr<T[]> packed(new T[part.packed_size()]);
+#pragma omp for
+            for (int64_t i = 0; i < n_parts; ++i) {
+                part.n_inner = std::min(length, n_inner - i * length);
+                const T* first = right + i * length * right_inner_stride;
+                for (int64_t p = 0; p < n_panels(); ++p) part.pack(first, packed.get(), p);
+                part.rows(left + i * length * inner_stride, packed.get(), sums.get() + i * size, n_rows);
+            }
+#pragma omp for
+            for (int64_t m = 0; m < n_rows; ++m) {
+                T* out = result + m * n_columns;
+                for (int64_t i = 0; i < n_parts; ++i) {
+                    const T* in = sums.get() + i * size + m * n_columns;
+                    for (int64_t n = 0; n < n_columns; ++n) out[n] = i ? out[n] + in[n] : in[n];
+                }
+            }
+        }
+    }
+
     // result[b] = left[b] right[b]; the result is contiguous
     void operator()(const T* left, const T* right, T* result, int64_t n_batch = 1,
                     int64_t left_stride = 0, int64_t right_stride = 0) const {
         const bool parallel = double(n_batch) * n_rows * n_columns * n_inner > min_parallel;
+        if (n_batch == 1 && n_inner > 4 * long_inner) return in_parts(left, right, result, parallel);
         if (n_batch == 1 || right_stride == 0) {
             const std::unique_ptr<T[]> packed(new T[packed_size()]);
             const int64_t n_chunk = n_inner > 64 ? 24 : 48, n_chunks = (n_rows + n_chunk - 1) / n_chunk;

@@ -94,15 +94,20 @@ def test_products_of_matrices(dtype: torch.dtype, normal: Normal) -> None:
     require_thread_independent(graph, (x,), weights)
 
 
-def test_products_with_a_long_inner_axis_are_left_to_the_library(dtype: torch.dtype, normal: Normal) -> None:
+def test_products_with_a_long_inner_axis(dtype: torch.dtype, normal: Normal) -> None:
+    def products(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        wide = x.repeat(1, 8)
+        left_to_library = wide.T @ x.repeat(1, 10)
+        return x.T @ x, x.T @ (x @ w), x[:, 3:].T @ x.T.contiguous().T, wide.T @ wide, left_to_library
+
     w = normal(30, 20)
-    graph = SharedGraph(
-        lambda x, w: (x.T @ x, x.T @ (x @ w)), "long", (Argument(("rows", 30), dtype),), [w], "wait"
-    )
-    for n_rows in (8, 3000):
+    graph = SharedGraph(products, "long", (Argument(("rows", 30), dtype),), [w], "wait")
+    # up to four parts in one; one more than that; as many parts as there are at most, and fewer for large results
+    for n_rows in (8, 0, 1, 2, 1024, 1025, 3000, 20_001):
         require_equal(graph, (normal(n_rows, 30),), [w])
     assert graph.is_compiled
-    assert counters["inductor"]["cpp_templated_kernel_counter"] == 1
+    assert counters["inductor"]["cpp_templated_kernel_counter"] == 5
+    require_thread_independent(graph, (normal(20_001, 30),), [w])
 
 
 def test_products_of_batches(dtype: torch.dtype, normal: Normal) -> None:
