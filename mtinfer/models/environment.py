@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..inputs import ParameterSpec
 from .electron_configuration import electron_configuration
+from .gather import settled
 from .layers import Sloped, Weights, switch
 from .layout import EMPTY_BEYOND
 
@@ -39,10 +40,10 @@ class Environment:
         -------
         rows (n, m, 4), switch (n, m, 1), mask (n, m, 1; 1 where a slot holds a neighbour)
         """
-        r = distances(displacements)
+        r = settled(distances(displacements))
         w, mask = self.switch(r), self._mask(r)
         inverse = 1.0 / (r + self.protection)
-        raw = torch.cat([inverse, displacements * (inverse * inverse)], dim=-1) * w
+        raw = torch.cat([settled(inverse * w), displacements * settled(inverse * inverse * w)], dim=-1)
         return (raw - mean) / stddev * mask, w, mask
 
     def switch(self, r: Tensor) -> Tensor:

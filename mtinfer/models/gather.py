@@ -88,7 +88,7 @@ class _Settled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
+        return settled(gradient)
 
 
 class _Gather(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import ParameterSpec
-from .gather import lookup
+from .gather import lookup, settled
 from .layers import Network, Sloped, Weights
 
 
@@ -60,7 +60,7 @@ class PairNetwork:
         kept = {name: weights[name] for name in self.radial.parameters()}
         bias = kept.pop(f"{self.prefix}.embeddings.0.layers.0.b")
         if self.strip:
-            kept[f"{self.prefix}.pair_factor"] = self._typed(pair_types, weights)
+            kept[f"{self.prefix}.pair_factor"] = settled(self._typed(pair_types, weights))
             kept[f"{self.prefix}.pair_shift"] = bias
         else:
             w = weights[f"{self.prefix}.embeddings.0.layers.0.w"]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .gather import settled
+
 #: slots of a piece: its arrays, of some 100 doubles a slot, stay in the caches of the cores
 SLOTS_PER_PIECE = 2048
 
@@ -32,8 +34,10 @@ def in_pieces(
     tensors, shapes (n, ...)
     """
     n, m = arrays[0].shape[:2]
-    if not arrays[0].is_cpu or any(w.requires_grad for w in weights.values()):
+    if not arrays[0].is_cpu:
         return function(arrays, weights)
+    if any(w.requires_grad for w in weights.values()):
+        return function([settled(x) for x in arrays], weights)
     # at the sizes to trace with there are several pieces of several rows, and some of the rows are empty:
     # the compiler may take one piece, one row, or nothing to cut off, for a rule
     n_pieces = n * m // SLOTS_PER_PIECE + 1
