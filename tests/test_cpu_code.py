@@ -102,7 +102,7 @@ def test_products_with_a_long_inner_axis(dtype: torch.dtype, normal: Normal) -> 
 
     w = normal(30, 20)
     graph = SharedGraph(products, "long", (Argument(("rows", 30), dtype),), [w], "wait")
-    # up to four parts in one; one more than that; as many parts as there are at most, and fewer for large results
+    # as one part, as five, as many as there are at most: fewer of them for large results
     for n_rows in (8, 0, 1, 2, 1024, 1025, 3000, 20_001):
         require_equal(graph, (normal(n_rows, 30),), [w])
     assert graph.is_compiled

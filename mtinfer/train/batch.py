@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -62,13 +63,52 @@ class Batch:
     #: atoms with more neighbours than the model keeps
     n_truncated: int
 
+    @cached_property
+    def per_atom(self) -> Tensor:
+        """1/N of every frame, where N are the atoms that count, shape (n_frames,)."""
+        return 1.0 / self.n_atoms.clamp(min=1.0)
+
+    @cached_property
+    def mean_weights(self) -> Labels:
+        """Labels whose weights make means: of ΔE²/N, of |ΔF|² over components, and of ΔW²/N over components.
+
+        Each mean is over the frames that have the label.
+        """
+        has_energy, has_forces, has_virial = self.has.unbind(1)
+        n_energies, _, n_virials = self.has.sum(0).clamp(min=1.0)
+        n_forces = (self.n_atoms * has_forces).sum().clamp(min=1.0)
+        return Labels(
+            energy=self.energy,
+            energy_weight=has_energy * self.per_atom / n_energies,
+            forces=self.forces,
+            force_weight=has_forces[self.frames] * self.counted / (3.0 * n_forces),
+            virial=self.virial,
+            virial_weight=has_virial * self.per_atom / (9.0 * n_virials),
+        )
+
+    @cached_property
+    def error_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights that make sums of (ΔE/N)², |ΔF|² and (ΔW/N)²: (n_frames,), (n_atoms,), (n_frames,)."""
+        has_energy, has_forces, has_virial = self.has.unbind(1)
+        square = self.per_atom * self.per_atom
+        return has_energy * square, has_forces[self.frames] * self.counted, has_virial * square
+
+    @cached_property
+    def n_terms(self) -> Tensor:
+        """Terms of the sums that `error_weights` make, (3,), on the CPU."""
+        forces = self.has[:, 1][self.frames] * self.counted
+        terms = [self.has[:, 0].sum(), 3.0 * forces.sum(), 9.0 * self.has[:, 2].sum()]
+        return torch.stack(terms).cpu()
+
     @property
     def n_bytes(self) -> int:
         """Memory of the arrays."""
         return sum(x.numel() * x.element_size() for x in (*self.structure, self.forces))
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to `device`."""
+        """Copy to `device`; the batch itself where it is there."""
+        if self.energy.device == device:
+            return self
         moved = {
             name: getattr(self, name).to(device)
             for name in ("energy", "forces", "virial", "has", "n_atoms", "frames", "counted")

@@ -67,21 +67,15 @@ class LossConfig:
         ratio
             learning rate of the step over that at the start.
         """
-        factors = [
+        p_energy, p_forces, p_virial = (
             limit + (start - limit) * ratio for start, limit in zip(self.start, self.limit, strict=True)
-        ]
-        p_energy, p_forces, p_virial = factors
-        per_frame = batch.n_atoms.clamp(min=1.0) ** (-2.0 if self.intensive else -1.0)
-        has_energy, has_forces, has_virial = batch.has.unbind(1)
-        n_energies, _, n_virials = batch.has.sum(0).clamp(min=1.0)
-        n_forces = (batch.n_atoms * has_forces).sum().clamp(min=1.0)
-        return Labels(
-            energy=batch.energy,
-            energy_weight=p_energy / n_energies * has_energy * per_frame,
-            forces=batch.forces,
-            force_weight=p_forces / (3.0 * n_forces) * has_forces[batch.frames] * batch.counted,
-            virial=batch.virial,
-            virial_weight=p_virial / (9.0 * n_virials) * has_virial * per_frame,
+        )
+        mean = batch.mean_weights
+        per_frame = batch.per_atom if self.intensive else 1.0
+        return mean._replace(
+            energy_weight=p_energy * mean.energy_weight * per_frame,
+            force_weight=p_forces * mean.force_weight,
+            virial_weight=p_virial * mean.virial_weight * per_frame,
         )
 
 
@@ -102,15 +96,12 @@ class Errors:
     @classmethod
     def of(cls, batch: Batch, energy: Tensor, forces: Tensor, virial: Tensor) -> Errors:
         """Compare predictions with the labels that the batch has."""
-        per_atom = 1.0 / batch.n_atoms.clamp(min=1.0)
-        counted = batch.has[:, 1][batch.frames] * batch.counted
+        differences = energy - batch.energy, forces - batch.forces, virial - batch.virial
         squares = [
-            (((energy - batch.energy) * per_atom) ** 2 * batch.has[:, 0]).sum(),
-            ((forces - batch.forces) ** 2 * counted.unsqueeze(1)).sum(),
-            (((virial - batch.virial) * per_atom.unsqueeze(1)) ** 2 * batch.has[:, 2:]).sum(),
+            ((difference * difference).reshape(len(weight), -1).sum(1) @ weight)
+            for difference, weight in zip(differences, batch.error_weights, strict=True)
         ]
-        counts = [batch.has[:, 0].sum(), 3.0 * counted.sum(), 9.0 * batch.has[:, 2].sum()]
-        return cls(torch.stack(squares).cpu(), torch.stack(counts).cpu())
+        return cls(torch.stack(squares).cpu(), batch.n_terms)
 
     def __add__(self, other: Errors) -> Errors:
         return Errors(self.squares + other.squares, self.counts + other.counts)

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 __all__ = ["Optimizer"]
 
 
-class Optimizer:
-    """Adam (arXiv:1412.6980) or AdamW (arXiv:1711.05101), by torch's fused functions.
+class _Lists(NamedTuple):
+    """What an update of some weights reads and changes."""
 
-    Torch's classes around them import the compiler: 75 MiB and a second.
+    #: (n,) int64
+    numbers: Tensor
+    weights: list[Tensor]
+    averages: list[Tensor]
+    squares: list[Tensor]
+    #: 0-dimensional, parts of one tensor
+    updates: list[Tensor]
+
+
+class Optimizer:
+    """Adam (arXiv:1412.6980) or AdamW (arXiv:1711.05101), by torch's fused operators.
+
+    Torch's classes around them import the compiler (75 MiB and a second), and count the updates of every
+    weight on its own, which takes as long as the update of small ones.
 
     Parameters
     ----------
@@ -47,50 +59,82 @@ class Optimizer:
             "amsgrad": False,
             "maximize": False,
         }
-        #: name -> number of updates and both moments, of the weights that were ever updated
-        self._state: dict[str, dict[str, Tensor]] = {}
+        self._numbers = {name: k for k, name in enumerate(weights)}
+        #: (n_weights,) number of updates of every weight
+        self._updates = torch.zeros(
+            len(weights), dtype=torch.float32, device=next(iter(weights.values())).device
+        )
+        #: name -> both moments, of the weights that were ever updated
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+        #: names -> what torch's function changes: of each weight its number of updates and both moments
+        self._lists: dict[tuple[str, ...], _Lists] = {}
 
     @torch.no_grad()
     def update(self, gradients: Mapping[str, Tensor], lr: float) -> None:
         """Change the weights that have a gradient, by learning rate `lr`; leave the others as they are."""
         self._options["lr"] = lr
-        for name in gradients:
-            if name not in self._state:
-                weight = self._weights[name]
-                self._state[name] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=weight.device),
-                    "exp_avg": torch.zeros_like(weight),
-                    "exp_avg_sq": torch.zeros_like(weight),
-                }
-        states = [self._state[name] for name in gradients]
-        beta1, beta2 = self._options["betas"]
-        adam(
-            [self._weights[name] for name in gradients],
+        names = tuple(gradients)
+        if names not in self._lists:
+            self._lists[names] = self._listed(names)
+        lists = self._lists[names]
+        self._updates.index_add_(0, lists.numbers, torch.ones_like(lists.numbers, dtype=torch.float32))
+        options = self._options
+        step = torch._fused_adamw_ if options["decoupled_weight_decay"] else torch._fused_adam_
+        step(
+            lists.weights,
             list(gradients.values()),
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            lists.averages,
+            lists.squares,
             [],
-            [state["step"] for state in states],
-            fused=True,
-            beta1=beta1,
-            beta2=beta2,
-            **{key: value for key, value in self._options.items() if key not in ("betas", "initial_lr")},
+            lists.updates,
+            lr=lr,
+            beta1=options["betas"][0],
+            beta2=options["betas"][1],
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
+            amsgrad=options["amsgrad"],
+            maximize=options["maximize"],
+        )
+
+    def _listed(self, names: Sequence[str]) -> _Lists:
+        for name in names:
+            if name not in self._moments:
+                weight = self._weights[name]
+                self._moments[name] = torch.zeros_like(weight), torch.zeros_like(weight)
+        numbers = [self._numbers[name] for name in names]
+        averages, squares = zip(*(self._moments[name] for name in names), strict=True)
+        return _Lists(
+            torch.tensor(numbers, device=self._updates.device),
+            [self._weights[name] for name in names],
+            list(averages),
+            list(squares),
+            [self._updates[k] for k in numbers],
         )
 
     def state_dict(self) -> dict[str, Any]:
         """State in the format of torch's optimizers, which number the weights in their order."""
-        numbers = {name: k for k, name in enumerate(self._weights)}
+        state = {
+            self._numbers[name]: {
+                "step": self._updates[self._numbers[name]].clone(),
+                "exp_avg": average,
+                "exp_avg_sq": square,
+            }
+            for name, (average, square) in self._moments.items()
+        }
         return {
-            "state": {numbers[name]: dict(state) for name, state in self._state.items()},
-            "param_groups": [{**self._options, "params": list(numbers.values())}],
+            "state": state,
+            "param_groups": [{**self._options, "params": list(self._numbers.values())}],
         }
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; options stay those of this optimizer."""
         names = list(self._weights)
-        self._state = {
-            names[k]: {
-                kind: tensor.to(self._weights[names[k]].device, copy=True) for kind, tensor in state.items()
-            }
-            for k, state in stored["state"].items()
-        }
+        self._updates.zero_()
+        self._moments, self._lists = {}, {}
+        for k, state in stored["state"].items():
+            self._updates[k] = state["step"]
+            average, square = (
+                state[kind].to(self._weights[names[k]].device, copy=True)
+                for kind in ("exp_avg", "exp_avg_sq")
+            )
+            self._moments[names[k]] = average, square

@@ -199,9 +199,9 @@ class Sampler:
     def draw(self, step: int) -> tuple[int, int, tuple[int, ...]]:
         """Task, system and frames of a step."""
         generator = np.random.default_rng((self.seed, 1, step))
-        task = int(generator.choice(len(self.tasks), p=self.probabilities))
+        task = _chosen(generator, self.probabilities)
         systems, probabilities = self.tasks[task]
-        index = int(generator.choice(len(systems), p=probabilities))
+        index = _chosen(generator, probabilities)
         count = self.drawn[task][index] + self.rank
         self.drawn[task][index] += self.n_ranks
         epoch, position = divmod(count, systems[index].n_batches)
@@ -214,6 +214,12 @@ class Sampler:
             known = epoch, generator.permutation(len(self.tasks[task][0][index].frames))
             self._orders[task, index] = known
         return known[1]
+
+
+def _chosen(generator: np.random.Generator, probabilities: NDArray[np.float64]) -> int:
+    """Draw as `Generator.choice` does, in a tenth of its time."""
+    cumulative = probabilities.cumsum()
+    return int((cumulative / cumulative[-1]).searchsorted(generator.random(), side="right"))
 
 
 class Batches:

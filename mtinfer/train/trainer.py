@@ -88,7 +88,9 @@ class Trainer:
             self.ranks.size,
             drawn=state.drawn,
         )
-        self._trained = {task.name: trained_names(task.model, task.config.model) for task in plan.tasks}
+        self._trained = {
+            task.name: sorted(trained_names(task.model, task.config.model)) for task in plan.tasks
+        }
         #: "owner/name" -> tensor that the optimizer changes
         self.parameters = self._parameters()
         self.optimizer = self._optimizer()
@@ -258,14 +260,13 @@ class Trainer:
         batch = self._batch(k, index, task.systems[index], chosen)
         labels = task.config.loss.labels(batch, lr / self.plan.schedule.start)
         result = self.steps[task.name](batch, labels, self.weights[task.name])
-        names = sorted(self._trained[task.name])
-        stop = torch.tensor(float(asked()), device=self.device)
-        loss, stop, *gradients = self.ranks.mean(
-            [result.loss, stop, *(result.gradients[name] for name in names)]
-        )
-        if not math.isfinite(float(loss)):
+        names = self._trained[task.name]
+        stop = result.loss.new_tensor(float(asked()))
+        mean = self.ranks.mean([result.loss, stop, *(result.gradients[name] for name in names)])
+        (loss, stopping), gradients = map(float, mean[:2]), mean[2:]
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss of task {task.name!r} is {float(loss)} at step {self.step + 1} (learning rate "
+                f"the loss of task {task.name!r} is {loss} at step {self.step + 1} (learning rate "
                 f"{lr:.3g}); lower start_lr or look at the data; {self.keeper.last_good()}"
             )
         self.keeper.accept()
@@ -274,7 +275,7 @@ class Trainer:
         labels_of = (f"{self._owners(task.name, name)}/{name}" for name in names)
         self._update(dict(zip(labels_of, gradients, strict=True)), lr)
         self.step += 1
-        return lr, bool(stop)
+        return lr, bool(stopping)
 
     def _batch(self, k: int, index: int, system: System, chosen: tuple[int, ...]) -> Batch:
         """Batch on the device of the run; warns once per task of neighbours that are left out."""

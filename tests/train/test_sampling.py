@@ -30,6 +30,16 @@ def test_a_resumed_sampler_goes_on() -> None:
     assert got + [second.draw(step) for step in range(13, 30)] == expected
 
 
+def test_tasks_and_systems_are_those_that_numpy_chooses() -> None:
+    plan = plan_of(shared_input("dpa1strip"))
+    sampler = sampler_of(plan)
+    for step in range(200):
+        generator = np.random.default_rng((7, 1, step))
+        task = generator.choice(len(plan.tasks), p=plan.probabilities)
+        probabilities = plan.tasks[task].system_probabilities
+        assert sampler.draw(step)[:2] == (task, generator.choice(len(probabilities), p=probabilities))
+
+
 def test_every_frame_is_seen_once_per_pass() -> None:
     plan = plan_of(shared_input("dpa1strip"))
     sampler = sampler_of(plan)
