@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import UnsupportedModelError
 from ..inputs import ParameterSpec
 from .activations import activation
+from .gather import settled
 from .pieces import in_pieces
 
 #: name -> tensor; the names are the canonical ones of `mtinfer.checkpoint.dialects`
@@ -258,7 +259,7 @@ def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """Layer norm over the last axis, with the biased variance (arXiv:1607.06450)."""
     centred = x - x.mean(-1, keepdim=True)
     variance = (centred * centred).mean(-1, keepdim=True)
-    return centred * torch.rsqrt(variance + eps) * scale + shift
+    return centred * settled(torch.rsqrt(variance + eps)) * scale + shift
 
 
 class _RowSum(torch.autograd.Function):

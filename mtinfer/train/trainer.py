@@ -98,6 +98,8 @@ class Trainer:
             self.optimizer.load_state_dict(state.optimizer)
         self.ema = self._ema(state.ema)
         self._observed = state.observed
+        #: false and true, which processes average; made once
+        self._flags = torch.tensor([0.0, 1.0], device=self.device).unbind()
         #: tasks whose neighbours were found to be too many
         self._warned: set[str] = set()
         self._errors = [Errors(*found) for found in state.errors]
@@ -261,7 +263,7 @@ class Trainer:
         labels = task.config.loss.labels(batch, lr / self.plan.schedule.start)
         result = self.steps[task.name](batch, labels, self.weights[task.name])
         names = self._trained[task.name]
-        stop = result.loss.new_tensor(float(asked()))
+        stop = self._flags[asked()]
         mean = self.ranks.mean([result.loss, stop, *(result.gradients[name] for name in names)])
         (loss, stopping), gradients = map(float, mean[:2]), mean[2:]
         if not math.isfinite(loss):
