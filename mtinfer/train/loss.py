@@ -96,9 +96,9 @@ class Errors:
     @classmethod
     def of(cls, batch: Batch, energy: Tensor, forces: Tensor, virial: Tensor) -> Errors:
         """Compare predictions with the labels that the batch has."""
-        differences = energy - batch.energy, forces - batch.forces, virial - batch.virial
+        differences = (energy - batch.energy).unsqueeze(1), forces - batch.forces, virial - batch.virial
         squares = [
-            ((difference * difference).reshape(len(weight), -1).sum(1) @ weight)
+            (difference * difference).sum(1) @ weight
             for difference, weight in zip(differences, batch.error_weights, strict=True)
         ]
         return cls(torch.stack(squares).cpu(), batch.n_terms)
