@@ -86,8 +86,13 @@ class Program:
             text=True,
         )
 
+    def turn(self) -> float:
+        """Make two steps, and return the time of the second, ms."""
+        self.step()
+        return self.step()
+
     def step(self) -> float:
-        """Time of a step, ms."""
+        """Make a step, and return its time, ms."""
         assert self._process.stdin
         assert self._process.stdout
         print(file=self._process.stdin, flush=True)
@@ -126,7 +131,7 @@ def main() -> None:
         print("| turn | mtinfer, ms | deepmd-kit, ms | speed |\n|---|---|---|---|")
         turns = []
         for turn in range(1, options.steps + 1):
-            ours, theirs = (program.step() and program.step() for program in programs)
+            ours, theirs = (program.turn() for program in programs)
             turns.append((ours, theirs))
             print(f"| {turn} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.1f}x |", flush=True)
     ours, theirs = (statistics.median(times) for times in zip(*turns, strict=True))

@@ -157,10 +157,11 @@ def lookup(table: Tensor, index: Tensor) -> Tensor:
 
 
 def settled(x: Tensor) -> Tensor:
-    """`x` in memory: the compiler can't look through it.
+    """`x` in memory, and so is its gradient: the compiler can't look through it.
 
-    For a small table that a long list is gathered from: the compiler would otherwise evaluate what the table
-    is made of once per entry of the list.
+    For few numbers that many are made from, as a small table that a long list is gathered from, or a function
+    of the distance that multiplies a row of features. The compiler would otherwise evaluate what they are
+    made of anew for every entry of the list, or every vector of the row.
     """
     return _Settled.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -60,10 +60,9 @@ class Optimizer:
             "maximize": False,
         }
         self._numbers = {name: k for k, name in enumerate(weights)}
+        devices = [weight.device for weight in weights.values()]
         #: (n_weights,) number of updates of every weight
-        self._updates = torch.zeros(
-            len(weights), dtype=torch.float32, device=next(iter(weights.values())).device
-        )
+        self._updates = torch.zeros(len(weights), dtype=torch.float32, device=devices[0] if devices else None)
         #: name -> both moments, of the weights that were ever updated
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
         #: names -> what torch's function changes: of each weight its number of updates and both moments
@@ -73,6 +72,8 @@ class Optimizer:
     def update(self, gradients: Mapping[str, Tensor], lr: float) -> None:
         """Change the weights that have a gradient, by learning rate `lr`; leave the others as they are."""
         self._options["lr"] = lr
+        if not gradients:  # of a task whose weights are all fixed
+            return
         names = tuple(gradients)
         if names not in self._lists:
             self._lists[names] = self._listed(names)

@@ -65,6 +65,14 @@ def test_a_stored_state_goes_on() -> None:
         assert all(torch.equal(second.state_dict()["state"][k][kind], t) for kind, t in moments.items())
 
 
+@pytest.mark.parametrize("weights", [{}, named(0)])
+def test_tasks_without_free_weights_change_nothing(weights: dict[str, torch.Tensor]) -> None:
+    optimizer = Optimizer(weights, decoupled=False, **OPTIONS)
+    optimizer.update({}, 0.5)
+    assert optimizer.state_dict()["state"] == {}
+    assert all(torch.equal(tensor, named(0)[name]) for name, tensor in weights.items())
+
+
 def test_an_update_does_not_import_the_compiler() -> None:
     script = (
         "import sys, torch; from mtinfer.train.optimizer import Optimizer\n"
