@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mtinfer.models import EnergyModel
 from mtinfer.train.batch import Batch, Labels, make_batch
+from mtinfer.train.loss import Errors
 from mtinfer.train.plan import Plan
 from mtinfer.train.step import TrainingStep, predict, signature, total_loss
 from mtinfer.train.weights import initial_weights
@@ -150,6 +151,53 @@ def test_a_batch_is_the_mean_of_its_frames() -> None:
         assert float(alone.energy[0]) == pytest.approx(float(result.energy[k]), abs=1e-12)
         own = result.forces[together.frames == k]
         torch.testing.assert_close(own, alone.forces, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("intensive", [True, False])
+def test_loss_and_errors_by_their_definition(intensive: bool) -> None:
+    task = plan_of(shared_input("dpa1strip")).tasks[1]
+    frames = [system.frames[0] for system in task.systems]
+    frames = [replace(frames[0], forces=None), replace(frames[1], energy=None), *frames, frames[0]]
+    frames[2] = replace(frames[2], virial=None)
+    batch = make_batch(frames, task.model, None)
+    counted = torch.ones_like(batch.counted)
+    counted[::3] = 0.0  # as those of excluded types
+    sizes = torch.zeros_like(batch.n_atoms).index_add_(0, batch.frames, counted)
+    assert len(set(sizes.tolist())) > 1
+    batch = replace(batch, counted=counted, n_atoms=sizes)
+    generator = torch.Generator().manual_seed(0)
+    predicted = tuple(
+        label + torch.randn(label.shape, dtype=label.dtype, generator=generator)
+        for label in (batch.energy, batch.forces, batch.virial)
+    )
+    energies, forces, virials, n_terms = [], [], [], 0
+    for k, frame in enumerate(frames):
+        energy, virial = float(predicted[0][k]), predicted[2][k].numpy()
+        own = batch.frames == k
+        if frame.energy is not None:
+            energies.append((energy - frame.energy, sizes[k]))
+        if frame.forces is not None:
+            difference = (predicted[1][own].numpy() - frame.forces)[counted[own].numpy() > 0]
+            forces.append((difference**2).sum())
+            n_terms += difference.size
+        if frame.virial is not None:
+            virials.append((virial - frame.virial.reshape(9), sizes[k]))
+    q = 2 if intensive else 1
+    terms = [
+        float(np.mean([e**2 / n**q for e, n in energies])),
+        sum(forces) / n_terms,
+        float(np.mean([np.mean(w**2) / n**q for w, n in virials])),
+    ]
+    config = replace(task.config.loss, start=(2.0, 3.0, 4.0), limit=(1.0, 0.0, 2.0), intensive=intensive)
+    loss = float(total_loss(predicted, config.labels(batch, 0.25)))
+    assert loss == pytest.approx(1.25 * terms[0] + 0.75 * terms[1] + 2.5 * terms[2], rel=1e-12)
+    rmse = Errors.of(batch, *predicted).rmse
+    expected = [
+        np.mean([(e / n) ** 2 for e, n in energies]),
+        terms[1],
+        np.mean([(w / n) ** 2 for w, n in virials]),
+    ]
+    assert rmse == pytest.approx(np.sqrt(expected), rel=1e-12)
 
 
 def test_missing_labels_have_no_weight() -> None:
