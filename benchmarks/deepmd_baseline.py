@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -96,30 +97,38 @@ def peak_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def with_deepmd(
+    model: str, head: str | None, atoms: ase.Atoms, *, no_jit: bool = False
+) -> Callable[[np.ndarray], float]:
+    """Load a model, and return what gives the energy (eV) at positions (Å), and makes all else with it."""
+    from deepmd.infer import DeepPot
+
+    frozen = Path(model).suffix in (".pth", ".pt2")
+    options = {} if frozen else {"head": head, "no_jit": no_jit}
+    potential = DeepPot(model, **options)
+    types = [potential.get_type_map().index(symbol) for symbol in atoms.get_chemical_symbols()]
+    cell = atoms.cell.array.reshape(1, 9) if atoms.pbc.any() else None
+    return lambda positions: float(potential.eval(positions[None], cell, types)[0].item())
+
+
 def measure(task: Task) -> Figures:
     """Evaluate the model of `task` step by step; for a process of its own."""
     os.dup2(2, 1)  # deepmd-kit's words go to stderr
     atoms = ase.io.read(task.structure)
     atoms = atoms if task.n_atoms is None else repeated(atoms, task.n_atoms)
     start = time.perf_counter()
-    from deepmd.infer import DeepPot
-
-    frozen = Path(task.model).suffix in (".pth", ".pt2")
-    options = {} if frozen else {"head": task.head, "no_jit": task.no_jit}
-    potential = DeepPot(task.model, **options)
+    evaluate = with_deepmd(task.model, task.head, atoms, no_jit=task.no_jit)
     load_s = time.perf_counter() - start
-    types = [potential.get_type_map().index(symbol) for symbol in atoms.get_chemical_symbols()]
-    cell = atoms.cell.array.reshape(1, 9) if atoms.pbc.any() else None
     rng = np.random.default_rng(0)
     loaded_mib = peak_mib()
     energy, seconds = math.nan, []
     for step in range(1 + WARM_UP + task.steps):
         moved = atoms.positions + (rng.normal(0, DISPLACEMENT, (len(atoms), 3)) if step else 0.0)
         start = time.perf_counter()
-        result = potential.eval(moved[None], cell, types)
+        found = evaluate(moved)
         seconds.append(time.perf_counter() - start)
         if step == 0:
-            energy = float(result[0].item())
+            energy = found
     counted = [1000 * value for value in seconds[1 + WARM_UP :]]
     return Figures(
         n_atoms=len(atoms),
@@ -142,6 +151,15 @@ def in_own_process(task: Task) -> dict[str, Any]:
             return asdict(pool.submit(measure, task).result())
         except Exception as err:  # whatever deepmd-kit raises, or the death of the process
             return {"error": f"{type(err).__name__}: {err}"}
+
+
+def threads_environment(n_threads: int) -> dict[str, str]:
+    """Variables that give deepmd-kit, and torch, a number of threads."""
+    return {
+        "OMP_NUM_THREADS": str(n_threads),
+        "DP_INTRA_OP_PARALLELISM_THREADS": str(n_threads),
+        "DP_INTER_OP_PARALLELISM_THREADS": "1",
+    }
 
 
 def is_pt_expt(checkpoint: Path) -> bool:
@@ -200,11 +218,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Print the figures of one checkpoint as JSON."""
     arguments = parse_arguments()
-    os.environ |= {
-        "OMP_NUM_THREADS": str(arguments.threads),
-        "DP_INTRA_OP_PARALLELISM_THREADS": str(arguments.threads),
-        "DP_INTER_OP_PARALLELISM_THREADS": "1",
-    }
+    os.environ |= threads_environment(arguments.threads)
     checkpoint = arguments.checkpoint.resolve()
     task = Task(
         model=str(checkpoint),

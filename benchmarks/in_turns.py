@@ -22,35 +22,19 @@ from pathlib import Path
 import ase
 import ase.io
 import numpy as np
-
-WARM_UP = 4
-Evaluate = Callable[[np.ndarray], None]
+from deepmd_baseline import DISPLACEMENT, WARM_UP, threads_environment, with_deepmd
 
 
-def with_mtinfer(model: str, head: str | None, atoms: ase.Atoms) -> Evaluate:
-    """Return what evaluates positions with mtinfer."""
+def with_mtinfer(model: str, head: str | None, atoms: ase.Atoms) -> Callable[[np.ndarray], float]:
+    """Load a model, and return what gives the energy (eV) at positions (Å), and makes all else with it."""
     from mtinfer import MTCalculator
 
     calculator = MTCalculator(model, head=head, compile="wait")
 
-    def evaluate(positions: np.ndarray) -> None:
+    def evaluate(positions: np.ndarray) -> float:
         atoms.positions = positions
         calculator.calculate(atoms)
-
-    return evaluate
-
-
-def with_deepmd(model: str, head: str | None, atoms: ase.Atoms) -> Evaluate:
-    """Return what evaluates positions with deepmd-kit."""
-    from deepmd.infer import DeepPot
-
-    frozen = Path(model).suffix != ".pt"
-    potential = DeepPot(model, **({} if frozen or head is None else {"head": head}))
-    types = [potential.get_type_map().index(symbol) for symbol in atoms.get_chemical_symbols()]
-    cell = atoms.cell.array.reshape(1, 9)
-
-    def evaluate(positions: np.ndarray) -> None:
-        potential.eval(positions[None], cell, types)
+        return float(calculator.results["energy"])
 
     return evaluate
 
@@ -64,7 +48,7 @@ def serve(program: str, model: str, head: str, structure: str) -> None:
     evaluate = make(model, head or None, atoms)
     start, rng = atoms.get_positions(), np.random.default_rng(0)
     for _ in sys.stdin:
-        positions = start + rng.normal(0, 0.01, start.shape)
+        positions = start + rng.normal(0, DISPLACEMENT, start.shape)
         began = time.perf_counter()
         evaluate(positions)
         print(time.perf_counter() - began, file=answers, flush=True)
@@ -74,15 +58,11 @@ class Program:
     """A process that makes steps when it is asked to."""
 
     def __init__(self, python: str, threads: int, *arguments: str) -> None:
-        names = ("OMP_NUM_THREADS", "DP_INTRA_OP_PARALLELISM_THREADS")
-        environment = (
-            os.environ | dict.fromkeys(names, str(threads)) | {"DP_INTER_OP_PARALLELISM_THREADS": "1"}
-        )
         self._process = subprocess.Popen(
             [python, __file__, "--serve", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=os.environ | threads_environment(threads),
             text=True,
         )
 
@@ -126,7 +106,7 @@ def main() -> None:
             ),
         ]
         for program in programs:
-            for _ in range(WARM_UP):
+            for _ in range(1 + WARM_UP):
                 program.step()
         print("| turn | mtinfer, ms | deepmd-kit, ms | speed |\n|---|---|---|---|")
         turns = []

@@ -69,24 +69,6 @@ class Batch:
         return 1.0 / self.n_atoms.clamp(min=1.0)
 
     @cached_property
-    def mean_weights(self) -> Labels:
-        """Labels whose weights make means: of ΔE²/N, of |ΔF|² over components, and of ΔW²/N over components.
-
-        Each mean is over the frames that have the label.
-        """
-        has_energy, has_forces, has_virial = self.has.unbind(1)
-        n_energies, _, n_virials = self.has.sum(0).clamp(min=1.0)
-        n_forces = (self.n_atoms * has_forces).sum().clamp(min=1.0)
-        return Labels(
-            energy=self.energy,
-            energy_weight=has_energy * self.per_atom / n_energies,
-            forces=self.forces,
-            force_weight=has_forces[self.frames] * self.counted / (3.0 * n_forces),
-            virial=self.virial,
-            virial_weight=has_virial * self.per_atom / (9.0 * n_virials),
-        )
-
-    @cached_property
     def error_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weights that make sums of (ΔE/N)², |ΔF|² and (ΔW/N)²: (n_frames,), (n_atoms,), (n_frames,)."""
         has_energy, has_forces, has_virial = self.has.unbind(1)
@@ -96,9 +78,26 @@ class Batch:
     @cached_property
     def n_terms(self) -> Tensor:
         """Terms of the sums that `error_weights` make, (3,), on the CPU."""
-        forces = self.has[:, 1][self.frames] * self.counted
-        terms = [self.has[:, 0].sum(), 3.0 * forces.sum(), 9.0 * self.has[:, 2].sum()]
+        has_energy, _, has_virial = self.has.unbind(1)
+        terms = [has_energy.sum(), 3.0 * self.error_weights[1].sum(), 9.0 * has_virial.sum()]
         return torch.stack(terms).cpu()
+
+    @cached_property
+    def mean_weights(self) -> Labels:
+        """Labels whose weights make means: of ΔE²/N, of |ΔF|² over components, and of ΔW²/N over components.
+
+        Each mean is over the frames that have the label.
+        """
+        has_energy, _, has_virial = self.has.unbind(1)
+        n_energies, n_forces, n_virials = self.n_terms.clamp(min=1.0)
+        return Labels(
+            energy=self.energy,
+            energy_weight=has_energy * self.per_atom / n_energies,
+            forces=self.forces,
+            force_weight=self.error_weights[1] / n_forces,
+            virial=self.virial,
+            virial_weight=has_virial * self.per_atom / n_virials,
+        )
 
     @property
     def n_bytes(self) -> int:
