@@ -335,6 +335,10 @@ def bench(
             if deepmd_python is not None:
                 theirs = measure_deepmd(deepmd_python, deepmd_script, name, own, n_atoms, **options)
             click.echo(row(figures, theirs))
+            for form, of_form in theirs.items():
+                if "error" in of_form:
+                    reason = of_form["error"].partition("\n")[0]
+                    click.echo(f"deepmd-kit's {form} was not measured: {reason}", err=True)
 
 
 main.add_command(train)

@@ -226,13 +226,16 @@ class SharedGraph:
 
         return cls(of_all, signature, arguments, list(weights.values()), mode, answers)
 
+    def __post_init__(self) -> None:
+        if self.weights[0].device.type == "cpu":
+            _keep_freed_memory()
+
     def __call__(self, data: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Evaluate, compiled where a graph is at hand, else eagerly."""
         if self._compiled is None and self.mode != "off":
             self._prepare(data[0].device)
         compiled = self._compiled  # another thread may give it up
         if compiled is None or self.mode == "off":
-            self._keep_freed_memory()
             return self.function(*data, *weights)
         _require_declared(self.arguments, data)
         if self._unconfirmed is None:
@@ -332,7 +335,6 @@ class SharedGraph:
         A graph that passes gives the answer, so that the first call of a process has the bits of later ones.
         """
         expected = self.function(*data, *weights)
-        self._keep_freed_memory()  # not before: memory of the eager call would stay beside the graph's
         if not all(bool(torch.isfinite(output).all()) for output in expected):
             return expected  # atoms on top of each other say nothing about the graph
         try:
@@ -350,10 +352,6 @@ class SharedGraph:
         zero = frozenset(k for k, output in enumerate(expected) if not bool(output.any()))
         self._unconfirmed = zero if self._unconfirmed is None else zero & self._unconfirmed
         return outputs
-
-    def _keep_freed_memory(self) -> None:
-        if self.weights[0].device.type == "cpu":
-            _keep_freed_memory()
 
     @property
     def _tolerance(self) -> float:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -52,3 +55,14 @@ def test_bad_requests_are_named() -> None:
         result = CliRunner().invoke(main, ["bench", *arguments])
         assert result.exit_code == 2
         assert text in result.output
+
+
+def test_forms_of_deepmd_kit_that_failed_are_named_with_the_reason(tmp_path: Path) -> None:
+    forms = {"pt": {"median_ms": 1e6, "peak_mib": 1e6}, "pth": {"error": "OSError: no operator\nand more"}}
+    script = tmp_path / "deepmd.py"
+    script.write_text(f"print({json.dumps(json.dumps({'forms': forms}))})")
+    arguments = f"bench {STRIP} --head water --atoms 3 --steps 1 --threads 1 --deepmd-python {sys.executable}"
+    result = CliRunner().invoke(main, [*arguments.split(), "--deepmd-script", str(script)])
+    assert result.exit_code == 0, result.output
+    assert "1000000.0 (pt)" in result.stdout
+    assert "deepmd-kit's pth was not measured: OSError: no operator\n" in result.stderr
