@@ -49,7 +49,7 @@ class Attention:
         return layer_norm(g + update + weights[f"{layer}.out_proj.b"], scale, shift, self.ln_eps)
 
     def __call__(
-        self, g: Tensor, rows: Tensor, w: Tensor, mask: Tensor, n_phantom: Tensor, weights: Weights
+        self, g: Tensor, directions: Tensor, w: Tensor, mask: Tensor, n_phantom: Tensor, weights: Weights
     ) -> Tensor:
         """All layers.
 
@@ -57,8 +57,8 @@ class Attention:
         ----------
         g
             shape (n, m, width), pair features.
-        rows
-            shape (n, m, 4), environment rows.
+        directions
+            shape (n, m, 3), `Environment.directions`.
         w, mask
             shape (n, m, 1), switch, and 1 where a slot holds a neighbour.
         n_phantom
@@ -74,9 +74,7 @@ class Attention:
         if self.smooth:
             gate = gate * switches
         if self.angular:
-            direction = rows[..., 1:]
-            direction = direction / torch.clamp(safe_norm(direction), min=1e-12)
-            gate = gate * (direction @ direction.transpose(1, 2))
+            gate = gate * (directions @ directions.transpose(1, 2))
         for k in range(self.n_layers):
             layer = f"{self.prefix}.attention.{k}"
             projected = g @ weights[f"{layer}.in_proj.w"] + weights[f"{layer}.in_proj.b"]

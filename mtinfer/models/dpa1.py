@@ -277,7 +277,10 @@ class DPA1:
             g = self.pair_network(*radial, pair, weights).each(lambda part: part.flatten(2))
             # each centre's phantoms: the slots that upstream has and this array lacks
             n_phantom = n_phantom.to(self.dtype)[:, None, None]
-            moment = rows.transpose(1, 2) @ self.attention(along(r, g), rows, w, mask, n_phantom, weights)
+            doubles = (displacements[0], *(array.to(torch.float64) for array in normalization))
+            directions = self.environment.directions(*doubles).to(self.dtype)
+            features = self.attention(along(r, g), directions, w, mask, n_phantom, weights)
+            moment = rows.transpose(1, 2) @ features
         else:
             own = {name: weights[name] for name in weights if name.startswith(f"{self.block}.")}
             moment = radial_moment(self._pair_features, rows, r, (*radial[0], *radial[1], pair), own)

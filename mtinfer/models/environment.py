@@ -11,7 +11,7 @@ from torch import Tensor
 from ..inputs import ParameterSpec
 from .electron_configuration import electron_configuration
 from .gather import settled
-from .layers import Sloped, Weights, switch
+from .layers import Sloped, Weights, safe_norm, switch
 from .layout import EMPTY_BEYOND
 
 
@@ -45,6 +45,19 @@ class Environment:
         inverse = 1.0 / (r + self.protection)
         raw = torch.cat([settled(inverse * w), displacements * settled(inverse * inverse * w)], dim=-1)
         return (raw - mean) / stddev * mask, w, mask
+
+    def directions(self, displacements: Tensor, mean: Tensor, stddev: Tensor) -> Tensor:
+        """Last three components of `rows` as unit vectors, shorter where a row is below 1e-12.
+
+        To be called with doubles: close to the cutoff the switch in floats is rounding noise, which this
+        scales to one. Parameters as in `rows`.
+
+        Returns
+        -------
+        shape (n, m, 3)
+        """
+        rows = self.rows(displacements, mean, stddev)[0][..., 1:]
+        return rows / torch.clamp(safe_norm(rows), min=1e-12)
 
     def switch(self, r: Tensor) -> Tensor:
         """Smooth cutoff at distances of any shape, Å."""

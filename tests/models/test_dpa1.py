@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import ase
 import numpy as np
 import pytest
 import torch
@@ -20,10 +22,12 @@ from random_models import (
     switch,
 )
 
+import mtinfer
 from mtinfer.errors import UnsupportedModelError
 from mtinfer.inputs import GraphInputs
 from mtinfer.models import dpa1, layout
 from mtinfer.models.dpa1 import DPA1
+from mtinfer.random_checkpoint import write_random_checkpoint
 
 CONFIG = {
     **{"type": "se_atten", "rcut": 4.0, "rcut_smth": 1.0, "sel": 12, "neuron": [3, 6], "axis_neuron": 2},
@@ -239,3 +243,15 @@ def test_attention_whatever_its_logits_are(n_phantom: int, level: float) -> None
     got = attention._softmax(logits, mask, count)
     torch.testing.assert_close(got, torch.nn.functional.pad(expected[:4], (0, 1)), rtol=1e-13, atol=0.0)
     assert torch.equal(attention._softmax(logits, torch.zeros_like(mask), count), torch.zeros_like(logits))
+
+
+def test_forces_of_single_precision_close_to_the_cutoff(tmp_path: Path) -> None:
+    """In floats the switch is rounding noise there, which attention by angles would scale to one."""
+    single = {"type": "se_atten", "attn_layer": 2, "smooth_type_embedding": False, "precision": "float32"}
+    config = {"type_map": ["O", "H"], "descriptor": CONFIG | single, "fitting_net": {"neuron": [8, 8]}}
+    write_random_checkpoint(tmp_path / "single.pt", config)
+    potentials = [mtinfer.load(tmp_path / "single.pt", compile=False, dtype=d) for d in (None, "float64")]
+    for gap in (1e-1, 1e-2, 4e-3, 1e-3):
+        atoms = ase.Atoms("OHH", [[0, 0, 0], [1.2, 0.3, 0], [0, 4.0 - gap, 0]])
+        forces, expected = (potential.evaluate(atoms).forces for potential in potentials)
+        assert abs(forces - expected).max() < 1e-5 * abs(expected).max()
