@@ -12,8 +12,9 @@ __all__ = ["Optimizer"]
 
 
 class _Lists(NamedTuple):
-    """What an update of some weights reads and changes."""
+    """What an update of some weights of one precision reads and changes."""
 
+    names: list[str]
     #: (n,) int64
     numbers: Tensor
     weights: list[Tensor]
@@ -65,8 +66,8 @@ class Optimizer:
         self._updates = torch.zeros(len(weights), dtype=torch.float32, device=devices[0] if devices else None)
         #: name -> both moments, of the weights that were ever updated
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
-        #: names -> what torch's function changes: of each weight its number of updates and both moments
-        self._lists: dict[tuple[str, ...], _Lists] = {}
+        #: names -> for each precision, for torch's function takes one, what it changes
+        self._lists: dict[tuple[str, ...], list[_Lists]] = {}
 
     @torch.no_grad()
     def update(self, gradients: Mapping[str, Tensor], lr: float) -> None:
@@ -77,27 +78,33 @@ class Optimizer:
         names = tuple(gradients)
         if names not in self._lists:
             self._lists[names] = self._listed(names)
-        lists = self._lists[names]
-        self._updates.index_add_(0, lists.numbers, torch.ones_like(lists.numbers, dtype=torch.float32))
         options = self._options
         step = torch._fused_adamw_ if options["decoupled_weight_decay"] else torch._fused_adam_
-        step(
-            lists.weights,
-            list(gradients.values()),
-            lists.averages,
-            lists.squares,
-            [],
-            lists.updates,
-            lr=lr,
-            beta1=options["betas"][0],
-            beta2=options["betas"][1],
-            weight_decay=options["weight_decay"],
-            eps=options["eps"],
-            amsgrad=options["amsgrad"],
-            maximize=options["maximize"],
-        )
+        for lists in self._lists[names]:
+            self._updates.index_add_(0, lists.numbers, torch.ones_like(lists.numbers, dtype=torch.float32))
+            step(
+                lists.weights,
+                [gradients[name].contiguous() for name in lists.names],  # read as they lie in memory
+                lists.averages,
+                lists.squares,
+                [],
+                lists.updates,
+                lr=lr,
+                beta1=options["betas"][0],
+                beta2=options["betas"][1],
+                weight_decay=options["weight_decay"],
+                eps=options["eps"],
+                amsgrad=options["amsgrad"],
+                maximize=options["maximize"],
+            )
 
-    def _listed(self, names: Sequence[str]) -> _Lists:
+    def _listed(self, names: Sequence[str]) -> list[_Lists]:
+        by_precision: dict[torch.dtype, list[str]] = {}
+        for name in names:
+            by_precision.setdefault(self._weights[name].dtype, []).append(name)
+        return [self._of_one_precision(same) for same in by_precision.values()]
+
+    def _of_one_precision(self, names: list[str]) -> _Lists:
         for name in names:
             if name not in self._moments:
                 weight = self._weights[name]
@@ -105,6 +112,7 @@ class Optimizer:
         numbers = [self._numbers[name] for name in names]
         averages, squares = zip(*(self._moments[name] for name in names), strict=True)
         return _Lists(
+            names,
             torch.tensor(numbers, device=self._updates.device),
             [self._weights[name] for name in names],
             list(averages),

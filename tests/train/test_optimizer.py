@@ -83,3 +83,35 @@ def test_an_update_does_not_import_the_compiler() -> None:
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_each_precision_is_updated_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU torch's function refuses tensors of two."""
+    weights = named(0)
+    weights["b"] = weights["b"].to(torch.float32)
+    single = {"b": weights["b"].clone()}
+    called, step = [], torch._fused_adam_
+
+    def recorded(lists: list[torch.Tensor], *others: Any, **options: Any) -> None:
+        called.append({tensor.dtype for tensor in lists})
+        step(lists, *others, **options)
+
+    monkeypatch.setattr(torch, "_fused_adam_", recorded)
+    optimizer = Optimizer(weights, decoupled=False, **OPTIONS)
+    alone = Optimizer(single, decoupled=False, **OPTIONS)
+    for k in range(3):
+        gradients = {**named(k + 1), "b": named(k + 1)["b"].to(torch.float32)}
+        optimizer.update(gradients, 0.01)
+        alone.update({"b": gradients["b"]}, 0.01)
+    assert {len(dtypes) for dtypes in called} == {1}
+    assert torch.equal(weights["b"], single["b"])
+
+
+def test_gradients_of_any_strides() -> None:
+    weights, twins = named(0), named(0)
+    ours, theirs = (Optimizer(own, decoupled=False, **OPTIONS) for own in (weights, twins))
+    for k in range(3):
+        gradient = named(k + 1)["a"]
+        ours.update({"a": gradient.t().contiguous().t()}, 0.01)
+        theirs.update({"a": gradient}, 0.01)
+    assert torch.equal(weights["a"], twins["a"])
