@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -266,9 +267,26 @@ def _on_slots(name: str, given: Tensor, wanted: Tensor) -> Tensor:
 
 
 def shifted_bias(plan: Plan, weights: AllWeights, residuals: Mapping[str, list[Any]]) -> None:
-    """Add to each `out_bias` what the least squares of energy residuals says; see `energy_bias`."""
+    """Add to each `out_bias` what the least squares of energy residuals says; see `energy_bias`.
+
+    A type with a preset bias gets that.
+    """
     for task in plan.tasks:
         frames = [replace(frame, energy=value) for frame, value in residuals[task.name]]
-        shift, std = energy_bias(frames, task.model.type_map, excluded=task.model.atom_exclude_types)
-        weights[task.name]["out_bias"] = weights[task.name]["out_bias"] + shift
+        bias = weights[task.name]["out_bias"]
+        shift, std = energy_bias(
+            frames,
+            task.model.type_map,
+            _missing(task.config.model["preset_out_bias"], bias),
+            excluded=task.model.atom_exclude_types,
+        )
+        weights[task.name]["out_bias"] = bias + shift
         weights[task.name]["out_std"] = std
+
+
+def _missing(preset: Mapping[str, Any] | None, bias: Tensor) -> dict[str, Any] | None:
+    """What a bias (1, n_types, 1) lacks of a preset one, in the form of that; None for types without."""
+    if not (preset and preset.get("energy")):
+        return None
+    pairs = zip(preset["energy"], bias.flatten().tolist(), strict=True)
+    return {"energy": [None if value is None else float(np.ravel(value)[0]) - now for value, now in pairs]}

@@ -665,3 +665,17 @@ def test_no_checkpoint_holds_keys_of_a_compiled_graph(tmp_path: Path) -> None:
     for path in tmp_path.glob("*.pt"):
         for key in content(path)["model"]:
             assert not any(word in key for word in ("compiled", "original_model", "_orig_mod", "_task_")), key
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_fine_tuning_keeps_a_preset_bias(tmp_path: Path) -> None:
+    trained(tmp_path / "source", 2)
+    content = shared_input("dpa1strip")
+    content["model"]["model_dict"]["clusters"]["preset_out_bias"] = {"energy": [None, -10.0, None]}
+    start = Start(finetune=tmp_path / "source" / "model.ckpt.pt", head="copper")
+    weights = Trainer(plan_of(content), tmp_path / "preset", start=start, mode="off").weights
+    free = Trainer(plan_of(shared_input("dpa1strip")), tmp_path / "free", start=start, mode="off").weights
+    bias, expected = (own["clusters"]["out_bias"].flatten() for own in (weights, free))
+    assert float(bias[1]) == pytest.approx(-10.0, rel=1e-12)
+    assert float(bias[0] - expected[0]) != pytest.approx(0.0, abs=1e-3)  # takes what the preset one lacks
+    assert torch.equal(weights["copper"]["out_bias"], free["copper"]["out_bias"])
