@@ -110,14 +110,15 @@ def _check_elements(frames: Sequence[Frame], type_map: Sequence[str]) -> None:
 
 
 def _batch_size(size: int | str, frames: Sequence[Frame]) -> int:
-    """Frames of a batch: at least N atoms for "auto:N"; at most N for "max:N" and "filter:N", or 1 frame."""
+    """Frames of a batch, if all were as large as the largest.
+
+    At least N atoms for "auto:N"; at most N, or one frame, for "max:N" and "filter:N".
+    """
     if isinstance(size, int):
         return size
     kind, _, number = size.partition(":")
-    n_wanted, n_atoms = int(number or 32), [len(frame.atoms) for frame in frames]
-    if kind == "auto":
-        return max(1, math.ceil(n_wanted / (sum(n_atoms) / len(frames))))
-    return max(1, n_wanted // max(n_atoms))
+    n_wanted, n_atoms = int(number or 32), max(len(frame.atoms) for frame in frames)
+    return max(1, math.ceil(n_wanted / n_atoms) if kind == "auto" else n_wanted // n_atoms)
 
 
 def system_probabilities(config: DataConfig, systems: Sequence[System]) -> NDArray[np.float64]:

@@ -64,8 +64,8 @@ class Schedule:
         total = n_steps - n_warmup
         decay_steps, decay_rate = _decay(config, start, stop, total)
         n_decay = max(1, min(int(float(config["decay_phase_ratio"]) * n_steps), total))
-        if config["type"] == "wsd" and config["decay_type"] == "inverse_linear" and stop <= 0.0:
-            raise ConfigError("learning_rate: decay_type 'inverse_linear' needs a stop_lr above 0")
+        if config["type"] == "wsd" and stop <= 0.0:
+            raise ConfigError("learning_rate: type 'wsd' needs a stop_lr above 0")
         return cls(
             kind=config["type"],
             start=start,

@@ -6,14 +6,16 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import ase
 import numpy as np
 import pytest
 from tiny_inputs import SYSTEMS, plan_of, shared_input
 
+from mtinfer.data.frame import Frame
 from mtinfer.errors import ConfigError, DataError
 from mtinfer.train.config import DataConfig
 from mtinfer.train.plan import Plan
-from mtinfer.train.sampling import Batches, Sampler, system_probabilities
+from mtinfer.train.sampling import Batches, Sampler, _batch_size, system_probabilities
 
 
 def sampler_of(plan: Plan, rank: int = 0, n_ranks: int = 1, drawn: list[list[int]] | None = None) -> Sampler:
@@ -122,3 +124,13 @@ def test_a_filter_that_leaves_nothing_is_refused() -> None:
     content["training"]["data_dict"]["clusters"]["training_data"]["batch_size"] = "filter:2"
     with pytest.raises(ConfigError, match=r"'filter:2' leaves no frame of .*; give a larger number"):
         plan_of(content)
+
+
+@pytest.mark.parametrize(("given", "n_frames"), [("auto:16", 2), ("max:20", 2)])
+def test_frames_of_a_batch_count_as_large_as_the_largest(given: str, n_frames: int) -> None:
+    """As in padded deepmd/npy systems (mixed_type)."""
+    frames = [
+        Frame(ase.Atoms("H" * n_atoms), None, None, None, "data", "data", k)
+        for k, n_atoms in enumerate((6, 6, 9, 9))
+    ]
+    assert _batch_size(given, frames) == n_frames

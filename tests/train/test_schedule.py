@@ -65,6 +65,7 @@ def test_stable_and_decay_schedule(decay_type: str, halfway: float) -> None:
         ({"stop_lr": 0.1}, "learning_rate ends at 0.1, above start_lr, which is 0.001; give a stop_lr of at"),
         ({"type": "cosine", "stop_lr": None, "stop_lr_ratio": 2}, "ends at 0.002, above start_lr"),
         ({"type": "wsd", "stop_lr": None, "start_lr": 1e-9}, "ends at 5e-08, above start_lr"),
+        ({"type": "wsd", "stop_lr": 0.0, "decay_type": "linear"}, "type .wsd. needs a stop_lr above 0"),
         ({"decay_steps": 0}, "learning_rate.decay_steps is 0; expected a positive integer"),
         ({"decay_rate": 2}, "learning_rate.decay_rate is 2; expected a number above 0 and up to 1"),
         ({"start_lr": "abc"}, "learning_rate.start_lr is 'abc'; expected a positive number"),
