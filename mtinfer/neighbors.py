@@ -51,6 +51,11 @@ class Candidates:
         return Candidates(centers, neighbors, shifts, self.n_atoms)
 
 
+def positions_of(atoms: ase.Atoms) -> NDArray[np.float64]:
+    """Positions as native doubles, shape (n_atoms, 3), Å, whatever `atoms.arrays` holds."""
+    return np.ascontiguousarray(atoms.get_positions(), dtype=np.float64)
+
+
 def find_candidates(atoms: ase.Atoms, radius: float) -> Candidates:
     """All pairs of a structure no further apart than `radius`.
 
@@ -66,7 +71,7 @@ def find_candidates(atoms: ase.Atoms, radius: float) -> Candidates:
     StructureError
         For positions that are not finite, and for a cell without volume along its periodic axes.
     """
-    positions = np.ascontiguousarray(atoms.get_positions(), dtype=np.float64)
+    positions = positions_of(atoms)
     check_geometry(atoms, positions)
     _check_extent(atoms, positions, radius)
     search = NeighborList(cutoff=radius, full_list=True, sorted=True, n_threads=torch.get_num_threads())
@@ -163,7 +168,7 @@ class VerletList:
 
     def candidates(self, atoms: ase.Atoms) -> Candidates:
         """All pairs no further apart than the cutoff, and some that are within the skin."""
-        positions = atoms.get_positions()
+        positions = positions_of(atoms)
         check_geometry(atoms, positions)
         if self._candidates is None or not self._still_covers(atoms, positions):
             self._candidates = find_candidates(atoms, self.rcut + self.skin).to(self._device)
@@ -210,7 +215,7 @@ def graph_inputs(
     centers, neighbors, displacements = [], [], []
     offset = 0
     for atoms, pairs in zip(structures, candidates, strict=True):
-        positions = torch.from_numpy(atoms.get_positions()).to(device)
+        positions = torch.from_numpy(positions_of(atoms)).to(device)
         cell = torch.from_numpy(np.array(atoms.cell, dtype=np.float64)).to(device)
         pairs = pairs.to(device)
         vectors = pairs.displacements(positions, cell)

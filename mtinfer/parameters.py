@@ -29,13 +29,18 @@ def fparam_of(
     size = model.fitting.numb_fparam
     if not size:
         return _none("fparam", given, (0,))
-    value = given if given is not None else atoms.info.get("fparam", default)
+    value = given if given is not None else _of_info(atoms, "fparam", default)
     if value is None:
         raise StructureError(
             f"the model needs {size} frame parameters and has no default; "
             'set atoms.info["fparam"], or pass fparam='
         )
     return _shaped("fparam", value, (size,))
+
+
+def _of_info(atoms: ase.Atoms, key: str, default: Any) -> Any:
+    value = atoms.info.get(key)
+    return default if value is None else value
 
 
 def aparam_of(atoms: ase.Atoms, model: EnergyModel, given: ArrayLike | None = None) -> NDArray[np.float64]:
@@ -75,7 +80,7 @@ def charge_spin_of(
         return _none("charge_spin", given, (2,))
     if given is None:
         charge, spin = model.descriptor.default_chg_spin or (None, None)
-        own: list[Any] = [atoms.info.get("charge", charge), atoms.info.get("spin", spin)]
+        own = [_of_info(atoms, "charge", charge), _of_info(atoms, "spin", spin)]
         if any(number is None for number in own):
             raise StructureError(
                 "the model needs the total charge and spin and has no default; "

@@ -311,3 +311,20 @@ def test_long_structures() -> None:
     assert len(find_candidates(periodic, 3.5).centers) == 4
     chain = ase.Atoms("O3", [[0, 0, 0], [1e5, 0, 0], [1e5 + 1, 0, 0]])
     assert len(find_candidates(chain, 6.0).centers) == 2
+
+
+@pytest.mark.parametrize("dtype", ["f4", ">f8", "i8"])
+def test_positions_of_any_type_are_taken_as_doubles(dtype: str) -> None:
+    atoms = water_box()
+    atoms.positions = np.round(atoms.positions)
+    other = atoms.copy()
+    other.arrays["positions"] = atoms.positions.astype(dtype)
+    no_numbers = torch.zeros(1, 0, dtype=torch.float64)
+
+    def displacements(atoms: ase.Atoms) -> torch.Tensor:
+        candidates = VerletList(3.0, 0.5).candidates(atoms)
+        types = [np.zeros(len(atoms), dtype=np.int64)]
+        parameters = {"fparam": no_numbers, "aparam": no_numbers[[0] * len(atoms)], "charge_spin": no_numbers}
+        return graph_inputs([atoms], [candidates], types, 3.0, **parameters).displacements
+
+    assert torch.equal(displacements(other), displacements(atoms))

@@ -144,3 +144,15 @@ def test_members_with_different_defaults_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "hybrid.pt"
     with pytest.raises(UnsupportedModelError, match="different default_chg_spin"):
         write_random_checkpoint(path, hybrid([2.0, 3.0], [0.0, 1.0]))
+
+
+def test_none_in_info_is_as_if_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "parameters.pt"
+    config = hybrid([2.0, 3.0])
+    config["fitting_net"] = {**FITTING, "numb_fparam": 1, "default_fparam": [0.5]}
+    write_random_checkpoint(path, config, dialect="pt_expt")
+    potential = mtinfer.load(path, compile=False)
+    atoms = structure()
+    expected = potential.evaluate(atoms).energy
+    atoms.info.update(fparam=None, charge=None, spin=None)
+    assert potential.evaluate(atoms).energy == expected

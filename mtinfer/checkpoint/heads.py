@@ -100,7 +100,7 @@ def _configurations(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _plain(head: str, config: object) -> dict[str, Any]:
     try:
         plain = json.loads(json.dumps(config))
-    except (TypeError, ValueError) as err:
+    except (TypeError, ValueError, RecursionError) as err:
         raise CheckpointError(f"the configuration of head {head!r} is not plain data: {err}") from err
     if not isinstance(plain, dict):
         raise CheckpointError(

@@ -89,6 +89,10 @@ def _numpy_scalars() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]
     ]
 
 
+#: most bytes of a tensor that repeats what is stored once
+_LARGEST_REPEATED = 2**30
+
+
 class _PrivateCopies:
     """Copies tensors out of the mapped file, once for all heads that share one."""
 
@@ -96,10 +100,24 @@ class _PrivateCopies:
         self._copies: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        _require_plain(tensor)
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if key not in self._copies:
             self._copies[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
         return self._copies[key]
+
+
+def _require_plain(tensor: torch.Tensor) -> None:
+    """Raise CheckpointError for what only looks like an array of the file."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "a meta tensor" if tensor.is_meta else str(tensor.layout)
+        raise CheckpointError(f"a tensor of shape {tuple(tensor.shape)} is {kind}; expected one with numbers")
+    n_bytes = tensor.numel() * tensor.element_size()
+    if n_bytes > max(tensor.untyped_storage().nbytes(), _LARGEST_REPEATED):
+        raise CheckpointError(
+            f"a tensor of shape {tuple(tensor.shape)} repeats {tensor.untyped_storage().nbytes()} bytes of "
+            "the file; expected one that is stored as it is"
+        )
 
 
 def _record(head: HeadEntries[torch.Tensor], dialect: str, own: _PrivateCopies) -> HeadRecord:

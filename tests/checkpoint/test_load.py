@@ -556,3 +556,18 @@ def test_hybrid_members_keep_their_place() -> None:
         assert weights["descriptor.descrpt_list.0.se_atten.attention.0.in_proj.w"].shape == (4, 12)
         assert weights["descriptor.descrpt_list.1.embeddings.2.layers.0.w"].dtype == torch.float32
         assert weights["descriptor.descrpt_list.2.repformers.layers.0.h2_residual.0"].shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "text"),
+    [
+        (torch.zeros(1).expand(10**12), "repeats 4 bytes of the file"),
+        (torch.zeros(2, 3).to_sparse(), "is torch.sparse_coo; expected one with numbers"),
+        (torch.zeros(2, 3, device="meta"), "is a meta tensor; expected one with numbers"),
+    ],
+)
+def test_what_only_looks_like_an_array(changed: Writer, tensor: torch.Tensor, text: str) -> None:
+    def add(content: Content) -> None:
+        content["model"]["model.water.min_nbor_dist"] = tensor
+
+    raises_one_line(changed(SEPARATE, add), text)
