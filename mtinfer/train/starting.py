@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from ..checkpoint.dialects import canonical_name
 from ..checkpoint.heads import DEFAULT_HEAD
 from ..checkpoint.load import check_weights, read
 from ..checkpoint.records import Checkpoint, HeadRecord
+from ..checkpoint.refusals import descriptors
 from ..descriptor_kinds import kind_of
 from ..errors import CheckpointError
 from ..models import EnergyModel
@@ -32,6 +34,8 @@ __all__ = ["Start", "finetuned", "resumed", "shifted_bias"]
 #: entries of a head that decide what its weights mean and which of them are trained
 _FIXED = ("type_map", "descriptor", "fitting_net", "pair_exclude_types", "atom_exclude_types")
 _CASE = "fitting_net.case_embd"
+#: last part of a weight's name -> its axis that runs over the type map
+_AXIS_OF_TYPES = {"mean": 0, "stddev": 0, "out_bias": 1, "out_std": 1, "bias_atom_e": 0}
 #: weights of a fitting net that say what the input says
 _OF_INPUT = (_CASE, "fitting_net.default_fparam_tensor")
 #: keys of a descriptor that fine-tuning may change: neighbour counts, and what is no part of its formula
@@ -173,24 +177,21 @@ def finetuned(path: Path, head: str | None, plan: Plan, weights: AllWeights) -> 
 
     Networks and statistics are taken over; a fitting net only where its shapes and its activation are the
     same (else a warning says so), with its case embedding where there is only one task. The default of the
-    frame parameters is that of the input. Neighbour counts may differ.
+    frame parameters is that of the input. Neighbour counts may differ, and so may the type map: a task takes
+    its elements from those of the head.
 
     Raises
     ------
     CheckpointError
-        The descriptor or the type map of a task is another than that of the head.
+        The descriptor of a task is another than that of the head, or the head lacks an element.
     """
     checkpoint = read(path)
     record = checkpoint.head(head)
     for task in plan.tasks:
         own = weights[task.name]
-        if tuple(record.config["type_map"]) != task.model.type_map:
-            raise CheckpointError(
-                f"head {record.name!r} has the type map {', '.join(record.config['type_map'])}; task "
-                f"{task.name!r} has {', '.join(task.model.type_map)}, and they must be the same"
-            )
+        weights_of_types = _of_types(record, task)
         _check_descriptor(record, checkpoint.dialect, task, plan.dialect)
-        other = {n: _on_slots(n, tensor, own[n]) for n, tensor in record.weights.items() if n in own}
+        other = {n: _on_slots(n, tensor, own[n]) for n, tensor in weights_of_types.items() if n in own}
         for name in own:
             fits = name in other and other[name].shape == own[name].shape
             if name.startswith("descriptor.") and not fits:
@@ -220,6 +221,48 @@ def finetuned(path: Path, head: str | None, plan: Plan, weights: AllWeights) -> 
     for name_of_head, own in weights.items():
         for name in own:
             own[name] = weights[owners(name_of_head, name)][name]
+
+
+def _of_types(record: HeadRecord, task: Task) -> Mapping[str, Tensor]:
+    """Weights of a head for the type map of a task, whose elements it must know."""
+    source, target = tuple(record.config["type_map"]), task.model.type_map
+    if source == target:
+        return record.weights
+    said = f"head {record.name!r} has the type map {', '.join(source)}; task {task.name!r} has"
+    if missing := [symbol for symbol in target if symbol not in source]:
+        raise CheckpointError(f"{said} {', '.join(missing)}, too; it can't start from a head without")
+    if any(kind_of(config) == "se_e2_a" for config in descriptors(record.config)):
+        raise CheckpointError(
+            f"{said} {', '.join(target)}, and they must be the same: networks of se_e2_a belong to types"
+        )
+    rows = torch.tensor([source.index(symbol) for symbol in target])
+    found = {}
+    for name, tensor in record.weights.items():
+        leaf = name.rpartition(".")[2]
+        if leaf in _AXIS_OF_TYPES:
+            tensor = tensor.index_select(_AXIS_OF_TYPES[leaf], rows)
+        elif name.endswith("type_embedding.layers.0.w") and not _reads_configurations(name, record.config):
+            # the shortcut of the layer adds to the row of a type by its place in the type map
+            tensor = (tensor + _shortcut(tensor))[rows]
+            tensor = tensor - _shortcut(tensor)
+        found[name] = tensor
+    return found
+
+
+def _reads_configurations(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether the type embedding that a weight belongs to reads electron configurations, not types."""
+    descriptor = config["descriptor"]
+    for index in re.findall(r"descrpt_list\.(\d+)\.", name):
+        descriptor = descriptor["list"][int(index)]
+    return bool(descriptor.get("use_econf_tebd"))
+
+
+def _shortcut(w: Tensor) -> Tensor:
+    """What the first layer of a type embedding adds to its weights (n_types, width); see `TypeEmbedding`."""
+    one_hot = torch.eye(w.shape[0], dtype=w.dtype)
+    if w.shape[1] == w.shape[0]:
+        return one_hot
+    return torch.cat([one_hot, one_hot], dim=1) if w.shape[1] == 2 * w.shape[0] else torch.zeros_like(w)
 
 
 def _activation(record: HeadRecord, dialect: str) -> str:

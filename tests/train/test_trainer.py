@@ -679,3 +679,57 @@ def test_fine_tuning_keeps_a_preset_bias(tmp_path: Path) -> None:
     assert float(bias[1]) == pytest.approx(-10.0, rel=1e-12)
     assert float(bias[0] - expected[0]) != pytest.approx(0.0, abs=1e-3)  # takes what the preset one lacks
     assert torch.equal(weights["copper"]["out_bias"], free["copper"]["out_bias"])
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.filterwarnings("ignore:head 'c.* never saw")
+@pytest.mark.parametrize(
+    ("kind", "width"),
+    # type embeddings without a shortcut, with one, and with a double one
+    [("dpa1strip", 4), ("dpa1strip", 3), ("dpa1strip", 6), ("dpa2", 0), ("dpa3", 0), ("hybrid", 0)],
+)
+def test_fine_tuning_with_another_type_map(tmp_path: Path, kind: str, width: int) -> None:
+    content = shared_input(kind, numb_steps=2)
+    shared = content["model"]["shared_dict"]
+    if width:
+        shared["desc"]["tebd_dim"] = width
+    Trainer(plan_of(content), tmp_path / "source", mode="off").run()
+    shared["types"] = ["Cu", "H", "O"]
+    content["learning_rate"] |= {"start_lr": 1e-30, "stop_lr": 1e-30}
+    start = Start(finetune=tmp_path / "source" / "model.ckpt.pt", head="copper")
+    trainer = Trainer(plan_of(content), tmp_path / "other", start=start, mode="off")
+    trainer.run()
+    before, after = (mtinfer.load(tmp_path / k / "model.ckpt.pt", compile=False) for k in ("source", "other"))
+    for task in trainer.plan.tasks:
+        atoms = task.systems[0].frames[0].atoms
+        forces = after.evaluate(atoms, task.name).forces
+        assert abs(forces - before.evaluate(atoms, "copper").forces).max() < 1e-12
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_fine_tuning_takes_elements_that_the_head_knows(tmp_path: Path) -> None:
+    Trainer(plan_of(shared_input("dpa1strip", numb_steps=2)), tmp_path / "source", mode="off").run()
+    start = Start(finetune=tmp_path / "source" / "model.ckpt.pt", head="copper")
+    content = shared_input("dpa1strip")
+    types = content["model"]["shared_dict"]["types"]
+    types.append("Au")
+    with pytest.raises(CheckpointError, match=r"the type map H, O, Cu; task 'clusters' has Au, too"):
+        Trainer(plan_of(content), tmp_path / "more", start=start, mode="off")
+    types[2:] = []
+    del content["model"]["model_dict"]["copper"], content["training"]["data_dict"]["copper"]
+    del content["training"]["model_prob"]["copper"], content["loss_dict"]["copper"]
+    fewer = Trainer(plan_of(content), tmp_path / "fewer", start=start, mode="off")
+    assert fewer.weights["clusters"]["out_bias"].shape == (1, 2, 1)
+    table = fewer.weights["clusters"]["descriptor.type_embedding.layers.0.w"]
+    whole = read(tmp_path / "source" / "model.ckpt.pt").heads["copper"].weights
+    assert torch.equal(table, whole["descriptor.type_embedding.layers.0.w"][:2])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_fine_tuning_of_se_e2_a_needs_the_same_types(tmp_path: Path) -> None:
+    content = shared_input("se_e2_a", numb_steps=2)
+    Trainer(plan_of(content), tmp_path / "source", mode="off").run()
+    content["model"]["shared_dict"]["types"].reverse()
+    start = Start(finetune=tmp_path / "source" / "model.ckpt.pt", head="copper")
+    with pytest.raises(CheckpointError, match="networks of se_e2_a belong to types"):
+        Trainer(plan_of(content), tmp_path / "turned", start=start, mode="off")
