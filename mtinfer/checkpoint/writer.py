@@ -211,7 +211,8 @@ def write_content(path: Path, content: Mapping[str, Any]) -> None:
     """
     with replacing(path) as partial:
         try:
-            torch.save(dict(content), partial)
+            with partial.open("wb") as file:  # given a path, torch writes its name into the file
+                torch.save(dict(content), file)
         except RuntimeError as err:
             raise OSError(str(err)) from err
 

@@ -141,7 +141,10 @@ def parse_config(content: object, path: Path) -> TrainConfig:
         learning_rate=_learning_rate(top),
         optimizer=_optimizer(top["optimizer"]),
         run=_run(training),
-        without_effect=tuple(_without_effect(top, training, model.given, multitask)),
+        without_effect=(
+            *(f"shared_dict.{name}" for name in model.unused),
+            *_without_effect(top, training, model.given, multitask),
+        ),
     )
 
 

@@ -41,6 +41,8 @@ class ModelSection:
 
     #: as given
     shared_dict: dict[str, Any]
+    #: its entries that no head names
+    unused: tuple[str, ...]
     #: head -> its configuration as given, references resolved
     given: dict[str, Any]
     #: head -> the same, checked and with defaults filled in
@@ -56,7 +58,7 @@ def read_model(model: Any, *, multitask: bool) -> ModelSection:
     ConfigError
         It has an unknown key, lacks one, or asks for what is not supported.
     """
-    shared, given, links = _heads(model) if multitask else ({}, {DEFAULT_HEAD: model}, ())
+    shared, unused, given, links = _heads(model) if multitask else ({}, (), {DEFAULT_HEAD: model}, ())
     heads = {name: _head(name, config, multitask) for name, config in given.items()}
     try:
         check_aliases({name: tuple(head["model_branch_alias"]) for name, head in heads.items()})
@@ -64,11 +66,13 @@ def read_model(model: Any, *, multitask: bool) -> ModelSection:
         raise ConfigError(str(err)) from err
     _check_type_maps(heads, links)
     _check_case_embedding(heads)
-    return ModelSection(shared, given, heads, links)
+    return ModelSection(shared, unused, given, heads, links)
 
 
-def _heads(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]], tuple[Link, ...]]:
-    """Resolve the references of all heads to `shared_dict`."""
+def _heads(
+    model: Mapping[str, Any],
+) -> tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, Any]], tuple[Link, ...]]:
+    """Resolve the references of all heads to `shared_dict`: it, its unused entries, heads, links."""
     shared, entries = model.get("shared_dict", {}), model["model_dict"]
     for key, section in (("shared_dict", shared), ("model_dict", entries)):
         SECTION.check(section, f"model.{key}")
@@ -94,7 +98,9 @@ def _heads(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str
             members = sorted(members, key=lambda member: member[1])
             _check_levels(part, name, members, shared[name])
             links.append(Link(part, name, tuple(members)))
-    return dict(shared), heads, tuple(links)
+    named = {name for _, name in used}
+    unused = tuple(name for name in shared if name not in named and name[:1] != "_")
+    return dict(shared), unused, heads, tuple(links)
 
 
 def _references(entry: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -281,7 +281,7 @@ def _check_descriptor(record: HeadRecord, source: str, task: Task, dialect: str)
         changes = sorted(_changes(stored, given, f"{task.name}.descriptor"), key=lambda c: " was None, " in c)
         raise CheckpointError(
             f"task {task.name!r} can't start from head {record.name!r}: {changes[0]}; give it the descriptor "
-            "of the head, of which the neighbour counts alone may differ"
+            "of the head, of which neighbour counts, precision and what is trained may differ"
         )
     if before.descriptor != task.model.descriptor:
         of_file = "pt" if record.graph_lower_disabled else source

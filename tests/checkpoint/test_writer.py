@@ -13,7 +13,7 @@ import torch
 
 import mtinfer
 from mtinfer.checkpoint.load import read
-from mtinfer.checkpoint.writer import convert
+from mtinfer.checkpoint.writer import convert, write_content
 from mtinfer.descriptor_kinds import DESCRIPTOR_TYPES, KINDS, kind_of
 from mtinfer.models.energy import _DESCRIPTORS
 from mtinfer.random_checkpoint import write_random_checkpoint
@@ -152,3 +152,9 @@ def test_members_of_a_hybrid_read_their_slots(tmp_path: Path, others: tuple[Conf
 
 def test_every_kind_has_a_model() -> None:
     assert KINDS.keys() == _DESCRIPTORS.keys() == set(DESCRIPTOR_TYPES.values())
+
+
+def test_the_same_content_gives_the_same_file(tmp_path: Path) -> None:
+    for name in ("one.pt", "other.pt"):
+        write_content(tmp_path / name, {"model": {"w": torch.arange(3.0)}})
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "other.pt").read_bytes()

@@ -570,7 +570,7 @@ def test_the_type_of_a_learning_rate_may_be_left_out() -> None:
     content["learning_rate"] = {"start_lr": 0.001, "decay_type": "linear", "decay_steps": 10}
     config = config_of(content)
     assert config.learning_rate["type"] == "exp"
-    assert config.without_effect == ("learning_rate.decay_type",)
+    assert config.without_effect == ("shared_dict.fit", "learning_rate.decay_type")
 
 
 def test_options_of_one_task_without_effect_are_named() -> None:

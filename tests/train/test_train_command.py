@@ -79,6 +79,19 @@ def test_a_folder_is_no_checkpoint(tmp_path: Path, option: str) -> None:
     fails_with(f"{text}, as in '{tmp_path}/model.ckpt.pt'$", train(tmp_path, option, tmp_path))
 
 
+@pytest.mark.parametrize("option", ["--resume", "--finetune"])
+def test_a_checkpoint_that_is_not_there(tmp_path: Path, option: str) -> None:
+    fails_with("no such file: '.*nothere.pt'$", train(tmp_path, option, tmp_path / "nothere.pt"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_entry_that_no_head_names_is_said_to_have_no_effect(tmp_path: Path) -> None:
+    content = shared_input("dpa1strip")
+    content["model"]["shared_dict"]["spare"] = {"type": "dpa1"}
+    result = train(tmp_path, "--check", content=content)
+    assert re.search(r"without effect: .*shared_dict\.spare$", result.stdout, re.MULTILINE)
+
+
 def test_an_interrupted_command_ends_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
