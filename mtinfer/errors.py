@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 __all__ = [
@@ -66,3 +67,17 @@ def first_line(err: BaseException) -> str:
     """Type and first line of an error of another library."""
     text = str(err).strip().splitlines()
     return f"{type(err).__name__}: {text[0][:200]}" if text else type(err).__name__
+
+
+#: packages whose lines are not those of a user
+_PASSED_THROUGH = ("mtinfer", "torch", "ase")
+
+
+def user_level() -> int:
+    """`stacklevel` with which a warning of the calling function points at the user's line."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_THROUGH:
+        if frame.f_back is None:
+            return 2
+        frame, level = frame.f_back, level + 1
+    return level

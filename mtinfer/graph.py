@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .errors import first_line
+from .errors import first_line, user_level
 from .graph_store import GraphStore, cache_directory, graph_key
 from .loaded_graph import LoadedGraph, require_loadable
 from .models.layout import Argument
@@ -323,7 +323,7 @@ class SharedGraph:
                     f"the compiled graph could not be stored ({first_line(err)}); "
                     "it serves this process only",
                     GraphWarning,
-                    stacklevel=2,
+                    stacklevel=user_level(),
                 )
             return LoadedGraph(package, self.weights[0].device)
 
@@ -360,7 +360,8 @@ class SharedGraph:
 
     def _give_up(self, reason: str) -> None:
         self.mode, self._compiled = "off", None
-        warnings.warn(f"{reason}; evaluating eagerly, which is slower but right", GraphWarning, stacklevel=2)
+        text = f"{reason}; evaluating eagerly, which is slower but right"
+        warnings.warn(text, GraphWarning, stacklevel=user_level())
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:

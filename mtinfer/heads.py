@@ -13,7 +13,7 @@ from torch import Tensor
 from .checkpoint.container import of_file
 from .checkpoint.load import check_weights
 from .checkpoint.records import Checkpoint, HeadRecord
-from .errors import UnsupportedModelError
+from .errors import UnsupportedModelError, user_level
 from .graph import Answers, CompileMode, SharedGraph, signed
 from .models import EnergyModel
 from .models.tabulated import TabulatedDPA1, TabulatedSeE2A, tabulated
@@ -128,7 +128,7 @@ def _model(record: HeadRecord, checkpoint: Checkpoint) -> EnergyModel:
         warnings.warn(
             f"head {record.name!r} has options that mtinfer does not know and passes over: "
             f"{', '.join(unknown)}; if they change the numbers, those here are wrong",
-            stacklevel=2,
+            stacklevel=user_level(),
         )
     with of_file(checkpoint.path):
         check_weights(record.name, record.weights, model.parameters(), dialect=checkpoint.spelling)

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .checkpoint.heads import find_head
-from .errors import StructureError, UnsupportedModelError, nearest
+from .errors import StructureError, UnsupportedModelError, nearest, user_level
 from .graph import CompileMode, SharedGraph
 from .heads import HeadState, Refused
 from .inputs import GraphInputs, Prediction
@@ -374,7 +374,7 @@ class Potential:
         """Warn once per potential and key."""
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(text, PredictionWarning, stacklevel=4)
+            warnings.warn(text, PredictionWarning, stacklevel=user_level())
 
 
 def _symbol(number: int) -> str:

@@ -27,9 +27,11 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 from reference_files import DATA, SE_E2_A, STRIP
 
+import mtinfer
 from mtinfer import MTCalculator, MtinferError, Potential
 from mtinfer.errors import CheckpointError, StructureError, UnknownHeadError, UnsupportedModelError
 from mtinfer.heads import Refused
+from mtinfer.potential import PredictionWarning
 from mtinfer.random_checkpoint import write_random_checkpoint
 
 
@@ -222,6 +224,19 @@ def test_keywords_of_deepmd_kit_scripts(potential: Potential) -> None:
 def test_skins_that_are_none(potential: Potential, skin: Any) -> None:
     with pytest.raises(ValueError, match=rf"skin={skin!r}; expected a finite number of Å, 0 or more"):
         MTCalculator(potential, head="water", skin=skin)
+
+
+def test_warnings_point_at_the_line_of_the_user() -> None:
+    ways: tuple[Callable[[Potential], object], ...] = (
+        lambda potential: potential.evaluate(copper(), "water"),
+        lambda potential: potential.energies([copper()], "water"),
+        lambda potential: MTCalculator(potential, head="water").get_potential_energy(copper()),
+    )
+    for way in ways:
+        potential = mtinfer.load(STRIP, compile=False)
+        with pytest.warns(PredictionWarning, match="never saw Cu") as caught:
+            way(potential)
+        assert {warning.filename for warning in caught} == {__file__}
 
 
 @pytest.mark.filterwarnings("ignore:.*never saw Cu.*:mtinfer.potential.PredictionWarning")
