@@ -58,7 +58,7 @@ class Attention:
         g
             shape (n, m, width), pair features.
         directions
-            shape (n, m, 3), `Environment.directions`.
+            shape (n, m, 3), `environment.directions`.
         w, mask
             shape (n, m, 1), switch, and 1 where a slot holds a neighbour.
         n_phantom

@@ -20,6 +20,7 @@ from .environment import (
     Environment,
     TypeEmbedding,
     add_to_first_row,
+    directions,
     distances,
     invariants,
     statistics,
@@ -277,9 +278,12 @@ class DPA1:
             g = self.pair_network(*radial, pair, weights).each(lambda part: part.flatten(2))
             # each centre's phantoms: the slots that upstream has and this array lacks
             n_phantom = n_phantom.to(self.dtype)[:, None, None]
-            doubles = (displacements[0], *(array.to(torch.float64) for array in normalization))
-            directions = self.environment.directions(*doubles).to(self.dtype)
-            features = self.attention(along(r, g), directions, w, mask, n_phantom, weights)
+            doubles = rows
+            if self.dtype != torch.float64:
+                scales = (array.to(torch.float64) for array in normalization)
+                doubles, _, _ = self.environment.rows(displacements[0], *scales)
+            units = directions(doubles).to(self.dtype)
+            features = self.attention(along(r, g), units, w, mask, n_phantom, weights)
             moment = rows.transpose(1, 2) @ features
         else:
             own = {name: weights[name] for name in weights if name.startswith(f"{self.block}.")}

@@ -46,19 +46,6 @@ class Environment:
         raw = torch.cat([settled(inverse * w), displacements * settled(inverse * inverse * w)], dim=-1)
         return (raw - mean) / stddev * mask, w, mask
 
-    def directions(self, displacements: Tensor, mean: Tensor, stddev: Tensor) -> Tensor:
-        """Last three components of `rows` as unit vectors, shorter where a row is below 1e-12.
-
-        To be called with doubles: close to the cutoff the switch in floats is rounding noise, which this
-        scales to one. Parameters as in `rows`.
-
-        Returns
-        -------
-        shape (n, m, 3)
-        """
-        rows = self.rows(displacements, mean, stddev)[0][..., 1:]
-        return rows / torch.clamp(safe_norm(rows), min=1e-12)
-
     def switch(self, r: Tensor) -> Tensor:
         """Smooth cutoff at distances of any shape, Å."""
         return switch(r, self.rcut_smth, self.rcut)
@@ -87,6 +74,15 @@ class Environment:
 def distances(displacements: Tensor) -> Tensor:
     """Lengths of displacements, shape (..., 3) -> (..., 1), Å."""
     return torch.sqrt((displacements * displacements).sum(-1, keepdim=True))
+
+
+def directions(rows: Tensor) -> Tensor:
+    """Last three components of rows (n, m, 4) as unit vectors, shorter where those are below 1e-12.
+
+    Of doubles: close to the cutoff the switch in floats is rounding noise, which this scales to one.
+    """
+    rows = rows[..., 1:]
+    return rows / torch.clamp(safe_norm(rows), min=1e-12)
 
 
 def statistics(weights: Weights, prefix: str) -> tuple[Tensor, Tensor]:
