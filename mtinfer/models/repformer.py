@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModelError
 from ..inputs import ParameterSpec
 from .activations import activation
 from .environment import Environment, statistics, statistics_parameters
@@ -63,7 +64,7 @@ class RepformerOptions:
         Raises
         ------
         UnsupportedModelError
-            If a required key is missing or `update_style` is unknown.
+            If a required key is missing, `update_style` is unknown, or a layer has no input.
         """
         given = {
             f.name: required(config, f.name, "repformer") if f.default is MISSING else config[f.name]
@@ -72,6 +73,12 @@ class RepformerOptions:
         }
         options = cls(**given)
         check_update_style(options.update_style, "repformer")
+        conv = options.update_g1_has_conv and not options.g1_out_conv
+        if options.g1_out_mlp and not (conv or options.update_g1_has_grrg or options.update_g1_has_drrd):
+            raise UnsupportedModelError(
+                "the repformer has g1_out_mlp, and its linear layer no input; update_g1_has_grrg, "
+                "update_g1_has_drrd, or update_g1_has_conv without g1_out_conv gives it one"
+            )
         return options
 
 
