@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import GPU, on_gpu
 
 from mtinfer.train.optimizer import Optimizer
 
@@ -115,3 +116,16 @@ def test_gradients_of_any_strides() -> None:
         ours.update({"a": gradient.t().contiguous().t()}, 0.01)
         theirs.update({"a": gradient}, 0.01)
     assert torch.equal(weights["a"], twins["a"])
+
+
+@on_gpu
+def test_two_precisions_on_a_gpu() -> None:
+    numbers = named(0) | {"b": named(0)["b"].to(torch.float32)}
+    weights = {name: weight.to(GPU) for name, weight in numbers.items()}
+    there, here = (Optimizer(own, decoupled=False, **OPTIONS) for own in (weights, numbers))
+    for k in range(3):
+        gradients = {name: gradient.to(numbers[name].dtype) for name, gradient in named(k + 1).items()}
+        there.update({name: gradient.to(GPU) for name, gradient in gradients.items()}, 0.01)
+        here.update(gradients, 0.01)
+    for name, weight in numbers.items():
+        torch.testing.assert_close(weights[name].cpu(), weight)
