@@ -55,14 +55,14 @@ def head_entries(record: HeadRecord, dialect: str) -> dict[str, torch.Tensor]:
     return entries | copies | (_masks(record) if dialect == "pt_expt" else _empty_tensors(record))
 
 
-def _parts(
+def parts(
     descriptor: Mapping[str, Any], weights: Mapping[str, torch.Tensor], prefix: str = "descriptor."
 ) -> Iterator[tuple[str, Mapping[str, Any], dict[str, torch.Tensor]]]:
     """Yield prefix, configuration and weights of a descriptor and of the members of a hybrid one."""
     own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     yield prefix, descriptor, own
     for index, member in enumerate(descriptor.get("list", ())):
-        yield from _parts(member, weights, f"{prefix}descrpt_list.{index}.")
+        yield from parts(member, weights, f"{prefix}descrpt_list.{index}.")
 
 
 def _masks(record: HeadRecord) -> dict[str, torch.Tensor]:
@@ -77,7 +77,7 @@ def _masks(record: HeadRecord) -> dict[str, torch.Tensor]:
         masks[f"{prefix}atom_excl.type_mask"] = _type_mask(atoms, n_types)
     if pairs:
         masks[f"{prefix}pair_excl.type_mask"] = _pair_mask(pairs, n_types)
-    for path, descriptor, weights in _parts(config["descriptor"], record.weights):
+    for path, descriptor, weights in parts(config["descriptor"], record.weights):
         for name, tensor in _masks_of_part(descriptor, weights, record).items():
             masks[f"{prefix}{path}{name}"] = tensor
     return masks
@@ -149,7 +149,7 @@ def _pair_mask(excluded: Sequence[Sequence[int]], n_types: int) -> torch.Tensor:
 def _empty_tensors(record: HeadRecord) -> dict[str, torch.Tensor]:
     """What a `pt` file holds besides weights: tables of a compressed model, empty in this one."""
     empty: dict[str, torch.Tensor] = {}
-    for path, _, weights in _parts(record.config["descriptor"], record.weights):
+    for path, _, weights in parts(record.config["descriptor"], record.weights):
         for block in ("", *_PAIR_BLOCKS):
             mean = weights.get(f"{block}.mean" if block else "mean")
             if mean is None:

@@ -145,9 +145,15 @@ class TypeEmbedding:
         rows = one_hot @ w
         if self.bias:
             rows = rows + weights[f"{self.prefix}.layers.0.b"]
-        if self.width == self._n_in:
-            return rows + one_hot
-        return rows + torch.cat([one_hot, one_hot], dim=1) if self.width == 2 * self._n_in else rows
+        return with_shortcut(rows, one_hot)
+
+
+def with_shortcut(rows: Tensor, one_hot: Tensor) -> Tensor:
+    """Rows (n, width) of a type embedding plus their inputs (n, k), once or twice where they are as wide."""
+    n_in = one_hot.shape[1]
+    if rows.shape[1] == n_in:
+        return rows + one_hot
+    return rows + torch.cat([one_hot, one_hot], dim=1) if rows.shape[1] == 2 * n_in else rows
 
 
 def _configurations(elements: Sequence[str]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import CheckpointError, ConfigError, TrainingError
+from ..errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -74,9 +74,6 @@ def train(
         raise click.UsageError("--head goes with --finetune")
     if check and (resume is not None or finetune is not None or force):
         raise click.UsageError("--check looks at the input alone; leave out --resume, --finetune and --force")
-    for path in (resume, finetune):
-        if path is not None and not path.exists():  # before all that takes time, and before there is a folder
-            raise CheckpointError(f"no such file: {str(path)!r}")
     start = Start(resume, finetune, head, force)
     plan = make_plan(read_config(input_file), dialect=dialect, n_steps=steps)
     if check:

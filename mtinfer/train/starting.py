@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +17,11 @@ from ..checkpoint.dialects import canonical_name
 from ..checkpoint.heads import DEFAULT_HEAD
 from ..checkpoint.load import check_weights, read
 from ..checkpoint.records import Checkpoint, HeadRecord
-from ..checkpoint.refusals import descriptors
+from ..checkpoint.writer import parts
 from ..descriptor_kinds import kind_of
 from ..errors import CheckpointError
 from ..models import EnergyModel
+from ..models.environment import with_shortcut
 from .plan import Plan, Task
 from .saving import OWN_ENTRY, RunState
 from .schema import NEIGHBOR_COUNTS
@@ -36,6 +35,8 @@ _FIXED = ("type_map", "descriptor", "fitting_net", "pair_exclude_types", "atom_e
 _CASE = "fitting_net.case_embd"
 #: last part of a weight's name -> its axis that runs over the type map
 _AXIS_OF_TYPES = {"mean": 0, "stddev": 0, "out_bias": 1, "out_std": 1, "bias_atom_e": 0}
+#: weights of a type embedding, a row for each type unless it reads electron configurations
+_EMBEDDING = "type_embedding.layers.0.w"
 #: weights of a fitting net that say what the input says
 _OF_INPUT = (_CASE, "fitting_net.default_fparam_tensor")
 #: keys of a descriptor that fine-tuning may change: neighbour counts, and what is no part of its formula
@@ -68,6 +69,8 @@ class Start:
                 inside = sorted(path.glob("*.pt"), key=lambda found: (not found.is_symlink(), found.name))
                 named = f", as in {str(inside[0])!r}" if inside else ""
                 raise CheckpointError(f"{str(path)!r} is a folder; name a checkpoint in it{named}")
+            if path is not None and not path.exists():
+                raise CheckpointError(f"no such file: {str(path)!r}")
 
 
 def resumed(path: Path, plan: Plan) -> RunState:
@@ -231,7 +234,8 @@ def _of_types(record: HeadRecord, task: Task) -> Mapping[str, Tensor]:
     said = f"head {record.name!r} has the type map {', '.join(source)}; task {task.name!r} has"
     if missing := [symbol for symbol in target if symbol not in source]:
         raise CheckpointError(f"{said} {', '.join(missing)}, too; it can't start from a head without")
-    if any(kind_of(config) == "se_e2_a" for config in descriptors(record.config)):
+    configs = {prefix: config for prefix, config, _ in parts(record.config["descriptor"], record.weights)}
+    if any(kind_of(config) == "se_e2_a" for config in configs.values()):
         raise CheckpointError(
             f"{said} {', '.join(target)}, and they must be the same: networks of se_e2_a belong to types"
         )
@@ -241,28 +245,12 @@ def _of_types(record: HeadRecord, task: Task) -> Mapping[str, Tensor]:
         leaf = name.rpartition(".")[2]
         if leaf in _AXIS_OF_TYPES:
             tensor = tensor.index_select(_AXIS_OF_TYPES[leaf], rows)
-        elif name.endswith("type_embedding.layers.0.w") and not _reads_configurations(name, record.config):
-            # the shortcut of the layer adds to the row of a type by its place in the type map
-            tensor = (tensor + _shortcut(tensor))[rows]
-            tensor = tensor - _shortcut(tensor)
+        elif name.endswith(_EMBEDDING) and not configs[name.removesuffix(_EMBEDDING)].get("use_econf_tebd"):
+            before, after = (torch.eye(len(types), dtype=tensor.dtype) for types in (source, target))
+            tensor = with_shortcut(tensor, before)[rows]  # which depends on the place in the type map
+            tensor = tensor - with_shortcut(torch.zeros_like(tensor), after)
         found[name] = tensor
     return found
-
-
-def _reads_configurations(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether the type embedding that a weight belongs to reads electron configurations, not types."""
-    descriptor = config["descriptor"]
-    for index in re.findall(r"descrpt_list\.(\d+)\.", name):
-        descriptor = descriptor["list"][int(index)]
-    return bool(descriptor.get("use_econf_tebd"))
-
-
-def _shortcut(w: Tensor) -> Tensor:
-    """What the first layer of a type embedding adds to its weights (n_types, width); see `TypeEmbedding`."""
-    one_hot = torch.eye(w.shape[0], dtype=w.dtype)
-    if w.shape[1] == w.shape[0]:
-        return one_hot
-    return torch.cat([one_hot, one_hot], dim=1) if w.shape[1] == 2 * w.shape[0] else torch.zeros_like(w)
 
 
 def _activation(record: HeadRecord, dialect: str) -> str:
@@ -320,16 +308,9 @@ def shifted_bias(plan: Plan, weights: AllWeights, residuals: Mapping[str, list[A
         shift, std = energy_bias(
             frames,
             task.model.type_map,
-            _missing(task.config.model["preset_out_bias"], bias),
+            task.config.model["preset_out_bias"],
             excluded=task.model.atom_exclude_types,
+            present=bias,
         )
         weights[task.name]["out_bias"] = bias + shift
         weights[task.name]["out_std"] = std
-
-
-def _missing(preset: Mapping[str, Any] | None, bias: Tensor) -> dict[str, Any] | None:
-    """What a bias (1, n_types, 1) lacks of a preset one, in the form of that; None for types without."""
-    if not (preset and preset.get("energy")):
-        return None
-    pairs = zip(preset["energy"], bias.flatten().tolist(), strict=True)
-    return {"energy": [None if value is None else float(np.ravel(value)[0]) - now for value, now in pairs]}

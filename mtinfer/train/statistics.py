@@ -283,6 +283,7 @@ def energy_bias(
     preset: Mapping[str, Any] | None = None,
     *,
     excluded: Sequence[int] = (),
+    present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Energy per type by least squares over frames, and the standard deviation of what is left.
 
@@ -292,6 +293,9 @@ def energy_bias(
         ``{"energy": [...]}``, one number or null per type; a type with a number keeps it.
     excluded
         types whose atoms have no energy (`atom_exclude_types`): the others account for all of it.
+    present
+        shape (1, n_types, 1), eV; bias that is part of the energies' predictions already, where energies are
+        what these lack. What is returned is to be added to it; default: zeros.
 
     Returns
     -------
@@ -301,8 +305,10 @@ def energy_bias(
     n_types = len(type_map)
     labelled = [frame for frame in frames if frame.energy is not None]
     given = (preset or {}).get("energy") or [None] * n_types
-    fixed = np.array([0.0 if value is None else float(np.ravel(value)[0]) for value in given])
     free = np.array([value is None for value in given])
+    fixed = np.array([0.0 if value is None else float(np.ravel(value)[0]) for value in given])
+    if present is not None:
+        fixed[~free] -= present.flatten().numpy()[~free]
     bias, std = fixed.copy(), 1.0
     if labelled:
         counts = np.array(
