@@ -12,7 +12,7 @@ from torch import Tensor
 from .graph import SharedGraph, signed
 from .models.layers import Weights
 from .models.layout import Argument
-from .models.stage import Stage, Tensors, derivative
+from .models.stage import Stage, Tensors, derivative, value
 
 __all__ = ["StageGraphs"]
 
@@ -24,6 +24,8 @@ class _Pair:
     value: SharedGraph
     derivative: SharedGraph
     names: tuple[str, ...]
+    #: what the value returns, before what is kept for the derivative
+    n_outputs: int
 
 
 @dataclass
@@ -47,7 +49,7 @@ class StageGraphs:
         return [graph for pair in self._pairs.values() for graph in (pair.value, pair.derivative)]
 
     def __call__(self, stage: Stage, varied: Tensors, fixed: Tensors, weights: Weights) -> Tensors:
-        """Evaluate a stage for torch's autograd, which keeps its arguments alone."""
+        """Evaluate a stage for torch's autograd, which keeps its arguments and what it says."""
         pair = self._pair(stage, weights)
         ordered = tuple(weights[name] for name in pair.names)
         outputs: Tensors = _Stage.apply(pair, fixed, ordered, *varied)  # type: ignore[no-untyped-call]
@@ -58,13 +60,16 @@ class StageGraphs:
         signature = signed(repr(stage), weights)
         if signature not in self._pairs:
             varied, fixed = stage.arguments()
+            kept, outputs = stage.kept(), stage.outputs()
             n_varied, n_data = len(varied), len(varied) + len(fixed)
+            n_known = n_data + len(kept)
 
-            def value(data: Tensors, named: Weights) -> Tensors:
-                return stage(data[:n_varied], data[n_varied:], named)
+            def of_data(data: Tensors, named: Weights) -> Tensors:
+                return value(stage, data[:n_varied], data[n_varied:], named)
 
             def of_cotangents(data: Tensors, named: Weights) -> Tensors:
-                return derivative(stage, data[:n_varied], data[n_varied:n_data], data[n_data:], named)
+                of_stage = data[:n_varied], data[n_varied:n_data]
+                return derivative(stage, *of_stage, data[n_data:n_known], data[n_known:], named)
 
             def graph(kind: str, function: Callable[..., Tensors], arguments: list[Argument]) -> SharedGraph:
                 mode, answers = self.whole.mode, self.whole.answers
@@ -74,9 +79,10 @@ class StageGraphs:
 
             data = [*varied, *fixed]
             self._pairs[signature] = _Pair(
-                graph("value", value, data),
-                graph("derivative", of_cotangents, [*data, *stage.outputs()]),
+                graph("value", of_data, data),
+                graph("derivative", of_cotangents, [*data, *kept, *outputs]),
                 tuple(weights),
+                len(outputs),
             )
         return self._pairs[signature]
 
@@ -86,8 +92,10 @@ class _Stage(torch.autograd.Function):
     def forward(ctx: Any, pair: _Pair, fixed: Tensors, weights: Tensors, *varied: Tensor) -> Tensors:
         ctx.pair, ctx.weights = pair, weights
         varied, fixed = (tuple(array.contiguous() for array in data) for data in (varied, fixed))
-        ctx.save_for_backward(*varied, *fixed)
-        return pair.value((*varied, *fixed), weights)
+        made = pair.value((*varied, *fixed), weights)
+        outputs, kept = made[: pair.n_outputs], made[pair.n_outputs :]
+        ctx.save_for_backward(*varied, *fixed, *kept)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:

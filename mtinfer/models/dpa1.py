@@ -48,6 +48,7 @@ from .layout import (
     with_empty,
 )
 from .pair_network import PairNetwork
+from .stage import Keep
 
 #: attention makes arrays of slots times slots of one centre
 _SLOTS_PER_CALL_WITH_ATTENTION = 6144
@@ -251,7 +252,11 @@ class DPA1:
         return layouts
 
     def __call__(
-        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
+        self,
+        displacements: tuple[Tensor, ...],
+        tensors: tuple[Tensor, ...],
+        weights: Weights,
+        keep: Keep | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Descriptor of every centre.
 
@@ -262,6 +267,8 @@ class DPA1:
         tensors
             types (n,), row of the pair tables (n, m), row of the empty-slot table (n,),
             numbers of empty and of phantom slots (n,).
+        keep
+            for a stage without attention, which keeps the moment (n, 4, g), and nothing of its slots.
 
         Returns
         -------
@@ -287,7 +294,9 @@ class DPA1:
             moment = rows.transpose(1, 2) @ features
         else:
             own = {name: weights[name] for name in weights if name.startswith(f"{self.block}.")}
-            moment = radial_moment(self._pair_features, rows, r, (*radial[0], *radial[1], pair), own)
+            arrays = (*radial[0], *radial[1], pair)
+            moment = radial_moment(self._pair_features, rows, r, arrays, own, again=keep is not None)
+            moment = moment if keep is None else keep(moment)
         return self.features(moment, types, empty_pair, n_empty, weights), types
 
     def _pair_features(

@@ -32,7 +32,7 @@ from .layout import (
     with_empty,
 )
 from .repformer import BLOCK, Division, Repformer, RepformerOptions
-from .stage import Call, Tensors, directly, joined
+from .stage import Call, Keep, Tensors, directly, joined
 from .three_body import ThreeBody
 
 #: keys of section `repinit` that have a default in the format
@@ -271,7 +271,7 @@ class DPA2:
         far, near, *of_pairs = (array.to(self.dtype) for array in displacements)
         own, further = tensors[:_N_REPINIT], list(tensors[_N_REPINIT + 3 :])
         saturated = further.pop(0) if self.can_overflow else None
-        before = BeforeRepformer(self)
+        before = BeforeRepformer(self, in_parts=division.sizes is not None)
         mine = {name: weights[name] for name in weights if before.reads(name)}
         varied = zip(*map(division.of_centers, (far, *of_pairs)), strict=True)
         fixed = zip(*map(division.of_centers, (*own, *further)), strict=True)
@@ -291,6 +291,7 @@ class BeforeRepformer:
     """Stage that makes the first node features; no centre needs another one."""
 
     model: DPA2
+    in_parts: bool
 
     def arguments(self) -> tuple[list[Argument], list[Argument]]:
         """Those of `DPA1`; further the displacements and types of the three-body block."""
@@ -303,6 +304,11 @@ class BeforeRepformer:
     def outputs(self) -> list[Argument]:
         """g1 before its first activation."""
         return [Argument(("atoms", self.model.repformer.options.g1_dim), self.model.dtype)]
+
+    def kept(self) -> list[Argument]:
+        """Moment of the first stage."""
+        repinit = self.model.repinit
+        return [Argument(("atoms", 4, repinit.pair_network.neuron[-1]), repinit.dtype)]
 
     def reads(self, name: str) -> bool:
         """Whether it reads the weight of this name."""
@@ -319,11 +325,11 @@ class BeforeRepformer:
             of_pairs, further = [of_pairs[0][:, :width]], (further[0][:, :width],)
         return (far, *of_pairs), (*own, *further)
 
-    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights) -> Tensors:
+    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights, keep: Keep) -> Tensors:
         """Evaluate on weights as `DPA2.prepare` makes them."""
         (far, *of_pairs), own, further = varied, fixed[:_N_REPINIT], fixed[_N_REPINIT:]
         model = self.model
-        g1, types = model.repinit((far,), own, weights)
+        g1, types = model.repinit((far,), own, weights, keep if self.in_parts else None)
         if model.three_body is not None:
             g1 = torch.cat([g1, model.three_body(types, of_pairs[0], further[0], weights)], dim=1)
         if model.is_transformed:

@@ -82,6 +82,14 @@ def along(x: Tensor, y: Sloped) -> Tensor:
     return _Along.apply(x, *y)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _gradients_of_moment(
+    rows: Tensor, value: Tensor, slope: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients by rows and by the variable of the functions, shapes (n, m, d) and (n, m, 1)."""
+    back = gradient.transpose(1, 2)
+    return value @ back, (rows * (slope @ back)).sum(-1, keepdim=True)
+
+
 class _RadialMoment(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, x: Tensor, value: Tensor, slope: Tensor, moment: Tensor) -> Tensor:
@@ -91,14 +99,29 @@ class _RadialMoment(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         rows, value, slope = ctx.saved_tensors
-        back = gradient.transpose(1, 2)
-        of_x = (rows * (slope @ back)).sum(-1, keepdim=True)
         of_value = rows @ gradient if ctx.needs_input_grad[2] else None
-        return value @ back, of_x, of_value, None, None
+        return *_gradients_of_moment(rows, value, slope, gradient), of_value, None, None
+
+
+class _MomentAgain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, x: Tensor, moment: Tensor, derivative: Callable[..., Any]) -> Tensor:
+        ctx.derivative = derivative
+        return moment.view_as(moment)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *ctx.derivative(gradient), None, None
 
 
 def radial_moment(
-    function: Callable[..., Sloped], rows: Tensor, x: Tensor, arrays: Sequence[Tensor], weights: Weights
+    function: Callable[..., Sloped],
+    rows: Tensor,
+    x: Tensor,
+    arrays: Sequence[Tensor],
+    weights: Weights,
+    *,
+    again: bool = False,
 ) -> Tensor:
     """Sum over slots of rows ⊗ functions of one number per slot, evaluated `in_pieces`.
 
@@ -115,6 +138,8 @@ def radial_moment(
         shape (n, m, 1), what the moment is differentiated by.
     arrays
         shapes (n, m, ...), made of ``x.detach()``.
+    again
+        evaluate the functions anew for the derivative, in place of keeping them; not by weights.
 
     Returns
     -------
@@ -124,9 +149,25 @@ def radial_moment(
     def with_moment(arrays: Sequence[Tensor], weights: Weights) -> tuple[Tensor, ...]:
         rows, *own = arrays
         y = function(*own, weights)
-        return *y, rows.transpose(1, 2) @ y.value.detach().flatten(2)
+        return rows.transpose(1, 2) @ y.value.detach().flatten(2), *y
 
-    value, slope, moment = in_pieces(with_moment, (rows.detach(), *arrays), weights)
+    def moment_alone(arrays: Sequence[Tensor], weights: Weights) -> tuple[Tensor, ...]:
+        return with_moment(arrays, weights)[:1]
+
+    def gradients(arrays: Sequence[Tensor], weights: Weights) -> tuple[Tensor, ...]:
+        rows, gradient, *own = arrays
+        value, slope = (part.flatten(2) for part in function(*own, weights))
+        return _gradients_of_moment(rows, value, slope, gradient)
+
+    fixed = rows.detach()
+
+    def derivative(gradient: Tensor) -> tuple[Tensor, ...]:
+        return in_pieces(gradients, (fixed, gradient, *arrays), weights)
+
+    if again or not any(y.requires_grad for y in (rows, x, *weights.values())):
+        (moment,) = in_pieces(moment_alone, (fixed, *arrays), weights)
+        return _MomentAgain.apply(rows, x, moment, derivative)  # type: ignore[no-any-return, no-untyped-call]
+    moment, value, slope = in_pieces(with_moment, (fixed, *arrays), weights)
     flat = value.flatten(2), slope.flatten(2)
     return _RadialMoment.apply(rows, x, *flat, moment)  # type: ignore[no-any-return, no-untyped-call]
 

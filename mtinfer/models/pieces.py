@@ -25,7 +25,7 @@ def in_pieces(
     function
         reads for row k of its results nothing but row k of the arrays.
     arrays
-        shapes (n, m, ...), m slots in each of n rows, without derivatives.
+        shapes (n, m, ...), m slots in each of n rows, without derivatives; but for the first one m may lack.
     weights
         all else that `function` reads. The loop is left out where one of them requires a gradient.
 
@@ -58,8 +58,10 @@ def in_pieces(
     def of_piece(*values: Tensor) -> tuple[Tensor, ...]:
         own, others = values[: len(arrays)], values[len(arrays) :]
         with torch._C._ForceDispatchKeyGuard(*keys):
-            return function(own, dict(zip(weights, others, strict=False)))
+            results = function(own, dict(zip(weights, others, strict=False)))
+        # the compiler takes the only result of a loop for the tuple of them (torch 2.13)
+        return *results, results[0].new_zeros(1)
 
     # the sizes that results are made of are arguments of the loop, too
-    outputs = scan_op(of_piece, [], pieces, (*weights.values(), n, m, n_rows))
+    *outputs, _ = scan_op(of_piece, [], pieces, (*weights.values(), n, m, n_rows))
     return tuple(y.flatten(0, 1)[:n] for y in outputs)

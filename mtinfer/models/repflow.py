@@ -22,7 +22,7 @@ from .gather import Index, gather, settled
 from .layers import Weights, check_update_style, safe_norm, switch, without_prefix
 from .layout import Argument
 from .repflow_layer import Lists, RepflowLayer, Surroundings
-from .stage import Call, Nearby, Tensors, joined, pieces
+from .stage import Call, Keep, Nearby, Tensors, joined, pieces
 
 BLOCK = "descriptor.repflows"
 _GEOMETRY = f"{BLOCK}.geometry."
@@ -375,7 +375,11 @@ class RepflowGeometry:
             shapes += [("angles", 1), ("near edges", 1), ("angles", 1)]
         return [Argument(shape, self.dtype) for shape in shapes]
 
-    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights) -> Tensors:
+    def kept(self) -> list[Argument]:
+        """Nothing."""
+        return []
+
+    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights, keep: Keep) -> Tensors:
         """Evaluate on weights as `Repflow.prepare` makes them (names without the prefix)."""
         o = self.options
         (displacements,), (types, *flat) = varied, fixed

@@ -24,7 +24,7 @@ from .activations import activation
 from .gather import Index, gather, moment, segment_sum
 from .layers import Weights, updated
 from .layout import Argument
-from .stage import Tensors
+from .stage import Keep, Tensors
 
 if TYPE_CHECKING:
     from .repflow import RepflowOptions
@@ -149,7 +149,11 @@ class RepflowLayer:
             declared.append(Argument(("angles", o.a_dim), self.dtype))
         return declared
 
-    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights) -> Tensors:
+    def kept(self) -> list[Argument]:
+        """Nothing."""
+        return []
+
+    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights, keep: Keep) -> Tensors:
         """New node, edge and angle features, all from the old ones unless `sequential_update`."""
         node, edge, w, vectors, *rest = varied
         nothing = w[:0]

@@ -21,7 +21,7 @@ from .fading_softmax import SHIFT, fading_softmax, slot_occupancy
 from .gather import Index, gather, settled
 from .layers import Weights, row_peak, row_sum, safe_norm, updated
 from .layout import Argument
-from .stage import Tensors
+from .stage import Keep, Tensors
 
 if TYPE_CHECKING:
     from .repformer import Repformer, RepformerOptions
@@ -73,7 +73,11 @@ class RepformerGeometry:
             declared.append(Argument(("atoms", 1, "slots"), self.block.dtype))
         return declared
 
-    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights) -> Tensors:
+    def kept(self) -> list[Argument]:
+        """Nothing."""
+        return []
+
+    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights, keep: Keep) -> Tensors:
         """Evaluate on weights as `Repformer.prepare` makes them (names without the prefix)."""
         o = self.block.options
         (displacements,), (types, *saturated) = varied, fixed
@@ -121,18 +125,33 @@ class RepformerLayer:
         n_updated = (1 + self.options.update_h2) if self.updates_edges else 0
         return [g1, *RepformerGeometry(self.block, self.has_occupancy).outputs()[:n_updated]]
 
-    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights) -> Tensors:
+    def kept(self) -> list[Argument]:
+        """Small results of large products: moments, arguments of activations and of the layer norm."""
+        o = self.options
+        axes: list[tuple[str | int, ...]] = []
+        if o.g1_out_mlp:
+            axes.append(("atoms", o.g1_dim))
+        if o.update_g1_has_grrg:
+            axes.append(("atoms", 3, o.g2_dim))
+        if o.update_g1_has_drrd:
+            axes.append(("atoms", 3, o.g1_dim))
+        axes.append(("atoms", o.g1_dim))
+        if self.updates_edges:
+            axes += [("atoms", "slots", o.g2_dim)] * (1 + o.update_g2_has_attn)
+        return [Argument(shape, self.block.dtype) for shape in axes]
+
+    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights, keep: Keep) -> Tensors:
         """New g1, g2 and h2, all from the old ones."""
         g1, nearby, g2, h2, weight, *occupancy = varied
         neighbors, order, starts = fixed
         edges = self._edges(weight, *occupancy)
         g1_j = gather(nearby, Index(neighbors.flatten(), order, starts)).unflatten(0, neighbors.shape)
         update = partial(updated, self.options.update_style)
-        new_g1 = update("g1", g1, self._g1_terms(g1, g1_j, g2, h2, edges, weights), weights)
+        new_g1 = update("g1", g1, self._g1_terms(g1, g1_j, g2, h2, edges, weights, keep), weights)
         if not self.updates_edges:
             return (new_g1,)
         pairs = self._pairs(h2, edges) if self.block.has_edge_attention else None
-        g2_terms, h2_terms = self._edge_terms(g1, g1_j, g2, h2, edges, pairs, weights)
+        g2_terms, h2_terms = self._edge_terms(g1, g1_j, g2, h2, edges, pairs, weights, keep)
         new = (new_g1, update("g2", g2, g2_terms, weights))
         return (*new, update("h2", h2, h2_terms, weights)) if self.options.update_h2 else new
 
@@ -147,14 +166,14 @@ class RepformerLayer:
         return _Edges(weight, of_moment, per_neighbor, occupancy)
 
     def _g1_terms(
-        self, g1: Tensor, g1_j: Tensor, g2: Tensor, h2: Tensor, edges: _Edges, own: Weights
+        self, g1: Tensor, g1_j: Tensor, g2: Tensor, h2: Tensor, edges: _Edges, own: Weights, keep: Keep
     ) -> list[Tensor]:
         o = self.options
         act = activation(o.activation_function)
         terms: list[Tensor] = []
         inputs: list[Tensor] = []
         (terms if o.g1_out_mlp else inputs).append(
-            act(g1 @ own["g1_self_mlp.w"] + own["g1_self_mlp.b"]) if o.g1_out_mlp else g1
+            act(keep(g1 @ own["g1_self_mlp.w"] + own["g1_self_mlp.b"])) if o.g1_out_mlp else g1
         )
         # every sum over neighbours of g1_j times something of the edge, in one product
         left = [h2 * (edges.weight * edges.per_moment)]
@@ -168,10 +187,10 @@ class RepformerLayer:
             else:
                 inputs.append((rest[0] * own["proj_g1g2.w"].T).sum(2))
         if o.update_g1_has_grrg:
-            inputs.append(self._symmetrised(left[0].transpose(1, 2) @ g2))
+            inputs.append(self._symmetrised(keep(left[0].transpose(1, 2) @ g2)))
         if o.update_g1_has_drrd:
-            inputs.append(self._symmetrised(moment))
-        terms.append(act(torch.cat(inputs, dim=1) @ own["linear1.w"] + own["linear1.b"]))
+            inputs.append(self._symmetrised(keep(moment)))
+        terms.append(act(keep(torch.cat(inputs, dim=1) @ own["linear1.w"] + own["linear1.b"])))
         if o.update_g1_has_attn:
             terms.append(self._local_attention(g1, g1_j, edges, own))
         return terms
@@ -200,17 +219,18 @@ class RepformerLayer:
         edges: _Edges,
         pairs: _Pairs | None,
         own: Weights,
+        keep: Keep,
     ) -> tuple[list[Tensor], list[Tensor]]:
         o = self.options
         act = activation(o.activation_function)
-        g2_terms, h2_terms = [act(g2 @ own["linear2.w"] + own["linear2.b"])], []
+        g2_terms, h2_terms = [act(keep(g2 @ own["linear2.w"] + own["linear2.b"]))], []
         if o.update_g2_has_g1g1:
             g2_terms.append((g1_j @ (g1.unsqueeze(2) * own["proj_g1g1g2.w"])) * edges.weight)
         if pairs is not None:
             attention = self._edge_weights(g2, pairs, edges, own)
             if o.update_g2_has_attn:
                 mixed = (attention.flatten(1, 2) @ g2).unflatten(1, attention.shape[1:3]).flatten(2)
-                centred = mixed @ own["attn2.vo"] + own["attn2.b"]
+                centred = keep(mixed @ own["attn2.vo"] + own["attn2.b"])
                 variance = row_sum(centred * centred) / o.g2_dim
                 normed = centred * torch.rsqrt(variance + (o.ln_eps or 1e-5))
                 g2_terms.append(normed * own["attn2_lm.w"] + own["attn2_lm.b"])
