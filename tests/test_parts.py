@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,11 @@ from reference_files import DATA, WITH_NUMBERS, cases, expected
 
 import mtinfer
 from mtinfer import Potential, Prediction
+from mtinfer.graph import SharedGraph, _require_declared
+from mtinfer.models.layers import Weights
+from mtinfer.models.stage import Stage, Tensors, derivative, directly, value
 from mtinfer.potential import PredictionWarning
+from mtinfer.stage_graphs import StageGraphs
 from mtinfer.testing import precision
 
 #: largest difference of energies, atomic energies, forces and virials
@@ -45,14 +50,54 @@ def require_same(potential: Potential, head: str, got: list[Prediction], wanted:
             )
 
 
+def as_declared(graph: SharedGraph, data: Tensors, weights: Tensors) -> Tensors:
+    """Evaluate a graph eagerly on what its compiled form would accept."""
+    _require_declared(graph.arguments, data)
+    return graph.function(*data, *weights)
+
+
 @pytest.mark.parametrize(("path", "head"), cases(FILES))
 def test_parts_give_what_one_call_gives(path: Path, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     potential = mtinfer.load(path, device="cpu", compile=False)
     wanted = predictions(potential, path, head)
     in_small_parts(monkeypatch)
     monkeypatch.setattr(potential.head(head).graph, "function", None)  # not called
+    monkeypatch.setattr(SharedGraph, "__call__", as_declared)
     require_same(potential, head, predictions(potential, path, head), wanted)
     assert potential.head(head).stages.graphs
+
+
+def require_kept_is_read(stage: Stage, varied: Tensors, fixed: Tensors, weights: Weights) -> None:
+    """The derivative is that of the stage, and every part of what is kept enters it."""
+    varied = tuple(x.detach().requires_grad_(True) for x in varied)
+    outputs = directly(stage, varied, fixed, weights)
+    cotangents = tuple(map(torch.randn_like, outputs))
+    wanted = torch.autograd.grad(outputs, varied, cotangents, materialize_grads=True)
+    with torch.no_grad():
+        kept = value(stage, varied, fixed, weights)[len(outputs) :]
+    torch.testing.assert_close(derivative(stage, varied, fixed, kept, cotangents, weights), wanted)
+    for k, known in enumerate(kept):
+        poisoned = (*kept[:k], torch.full_like(known, torch.nan), *kept[k + 1 :])
+        gradients = derivative(stage, varied, fixed, poisoned, cotangents, weights)
+        assert any(bool(x.isnan().any()) for x in gradients), (stage, k)
+
+
+@pytest.mark.parametrize("name", ["dpa2-separate-pt", "dpa3-shared-pt"])
+def test_derivatives_read_what_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = DATA / f"reference/checkpoints/{name}.pt"
+    potential = mtinfer.load(path, device="cpu", compile=False)
+    calls: dict[str, tuple[Stage, Tensors, Tensors, Weights]] = {}
+
+    def noted(graphs: StageGraphs, stage: Stage, *arguments: Any) -> Tensors:
+        calls[repr(stage)] = (stage, *arguments)
+        return directly(stage, *arguments)
+
+    monkeypatch.setattr(StageGraphs, "__call__", noted)
+    in_small_parts(monkeypatch)
+    predictions(potential, path, potential.heads[0])
+    assert any(stage.kept() for stage, *_ in calls.values())
+    for call in calls.values():
+        require_kept_is_read(*call)
 
 
 @pytest.mark.parametrize("name", [pytest.param("dpa2-separate-pt", marks=pytest.mark.slow), "dpa3-shared-pt"])

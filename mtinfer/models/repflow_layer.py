@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -150,8 +151,13 @@ class RepflowLayer:
         return declared
 
     def kept(self) -> list[Argument]:
-        """Nothing."""
-        return []
+        """Sums over long lists, and arguments of activations of nodes."""
+        o = self.options
+        node: tuple[str | int, ...] = ("atoms", o.n_dim)
+        of_nodes = [node, ("atoms", 3, o.e_dim), ("atoms", 3, o.n_dim), node]
+        of_edges = [("near edges", 1, o.e_dim)] if self.reads_angles else []
+        in_order = (of_edges, of_nodes) if o.sequential_update else (of_nodes, of_edges)
+        return [Argument(axes, self.dtype) for axes in chain(*in_order)]
 
     def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights, keep: Keep) -> Tensors:
         """New node, edge and angle features, all from the old ones unless `sequential_update`."""
@@ -160,7 +166,7 @@ class RepflowLayer:
         angle, v, v_second = (rest.pop(0) for _ in range(3)) if self.reads_angles else (nothing,) * 3
         geometry, around = Geometry(w, vectors, v, v_second), Surroundings(*rest)
         act, update = activation(self.activation), partial(updated, self.options.update_style)
-        read = _Messages(self.options, act, Lists.of(fixed), geometry, around, weights)
+        read = _Messages(self.options, act, Lists.of(fixed), geometry, around, weights, keep)
         old_angle = angle * weights["angle_embd"] if self.from_cosine and self.updates_angles else angle
         if self.options.sequential_update:
             edge = update("e", edge, [read.of_pair("edge_self_linear", node, edge)], weights)
@@ -190,14 +196,15 @@ class _Messages:
     geometry: Geometry
     around: Surroundings
     weights: Weights
+    keep: Keep
 
     def of_neighbors(self, node: Tensor, edge: Tensor) -> list[Tensor]:
         """Terms of the node update, shape (n_centers, n_dim) each."""
         messages = self.of_pair("node_edge_linear", node, edge)
         messages = moment(self.geometry.w, messages, self.lists.centers).squeeze(1)
         return [
-            self.act(self._affine("node_self_mlp", node)),
-            self.act(self._affine("node_sym_linear", self._symmetrised(edge))),
+            self.act(self.keep(self._affine("node_self_mlp", node))),
+            self.act(self.keep(self._affine("node_sym_linear", self._symmetrised(edge)))),
             *torch.split(messages, self.options.n_dim, dim=1),
         ]
 
@@ -205,7 +212,7 @@ class _Messages:
         """Rotation-invariant moments of the edges and of the neighbours' nodes, edges first."""
         features = []
         for q, source in ((edge, None), (self.around.node, self.lists.neighbors)):
-            sums = moment(self.geometry.vectors, q, self.lists.centers, source)
+            sums = self.keep(moment(self.geometry.vectors, q, self.lists.centers, source))
             leading = sums[:, :, : self.options.axis_neuron] / 3.0
             features.append((leading.transpose(1, 2) @ sums).flatten(1))
         return torch.cat(features, dim=1)
@@ -214,7 +221,7 @@ class _Messages:
         """Sum over the angles of each edge, through a second linear map, shape (n_edges, e_dim)."""
         near, v = self.lists.near, self.geometry.v
         message = self.of_triple("edge_angle_linear1", node, edge, angle)
-        message = moment(self.geometry.v_second, message, self.lists.first).squeeze(1) * v
+        message = self.keep(moment(self.geometry.v_second, message, self.lists.first)).squeeze(1) * v
         if self.options.smooth_edge_update:
             message = segment_sum(message @ self.weights["edge_angle_linear2.w"], near)
             return self.act(message + self.weights["edge_angle_linear2.b"])

@@ -228,24 +228,42 @@ def test_radial_features_are_differentiated_by_their_slopes(moment: Callable[...
     torch.testing.assert_close(derivatives(got), expected)
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("sizes", [(61, 97), (53, 59), (53, 599), (135, 75)])
-def test_a_traced_moment_is_a_loop_over_pieces(sizes: tuple[int, int]) -> None:
+def test_a_traced_moment_is_a_loop_over_pieces(sizes: tuple[int, int], again: bool) -> None:
     """Traced with any sizes, it is right for all: none of what is true of them is part of the trace."""
     w = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
 
     def function(rows: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.enable_grad():
             rows, x = rows.detach().requires_grad_(True), x.detach().requires_grad_(True)
-            moment = radial_moment(_radial_features, rows, x, (x.detach(),), {"w": w})
+            moment = radial_moment(_radial_features, rows, x, (x.detach(),), {"w": w}, again=again)
             return (moment.detach(), *torch.autograd.grad((moment**2).sum(), (rows, x)))
 
     arguments = [Argument(("rows", "slots", 4)), Argument(("rows", "slots", 1))]
     traced, _ = trace(function, arguments, [w], sizes=sizes)
-    assert [node.target for node in traced.graph.nodes].count(torch.ops.higher_order.scan) == 1
+    assert [node.target for node in traced.graph.nodes].count(torch.ops.higher_order.scan) == 1 + again
     generator = torch.Generator().manual_seed(1)
     for n, m in ((0, 3), (1, 1), (7, 3), (64, 32), (101, 50), (3, 5000), (135, 75)):
         data = [torch.randn(n, m, k, dtype=torch.float64, generator=generator) for k in (4, 1)]
         torch.testing.assert_close(traced(*data, w), function(*data, w))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_moment_that_is_evaluated_again_keeps_nothing(again: bool) -> None:
+    rows, x = (torch.randn(2, 5, k, dtype=torch.float64, requires_grad=True) for k in (4, 1))
+    w = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
+    kept: list[torch.Size] = []
+
+    def keep(y: torch.Tensor) -> torch.Tensor:
+        kept.append(y.shape)
+        return y
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
+        moment = radial_moment(_radial_features, rows, x, (x.detach(),), {"w": w}, again=again)
+    assert (torch.Size([2, 5, 3]) in kept) is not again
+    alone = radial_moment(_radial_features, rows.detach(), x.detach(), (x.detach(),), {"w": w})
+    torch.testing.assert_close(moment, alone, rtol=0, atol=0)
 
 
 def test_layer_norm() -> None:
