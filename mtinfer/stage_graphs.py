@@ -49,7 +49,7 @@ class StageGraphs:
         return [graph for pair in self._pairs.values() for graph in (pair.value, pair.derivative)]
 
     def __call__(self, stage: Stage, varied: Tensors, fixed: Tensors, weights: Weights) -> Tensors:
-        """Evaluate a stage for torch's autograd, which keeps its arguments and what it says."""
+        """Evaluate a stage for torch's autograd, which keeps its arguments and `stage.kept()`."""
         pair = self._pair(stage, weights)
         ordered = tuple(weights[name] for name in pair.names)
         outputs: Tensors = _Stage.apply(pair, fixed, ordered, *varied)  # type: ignore[no-untyped-call]
@@ -71,15 +71,17 @@ class StageGraphs:
                 of_stage = data[:n_varied], data[n_varied:n_data]
                 return derivative(stage, *of_stage, data[n_data:n_known], data[n_known:], named)
 
-            def graph(kind: str, function: Callable[..., Tensors], arguments: list[Argument]) -> SharedGraph:
+            def graph(
+                kind: str, function: Callable[..., Tensors], arguments: list[Argument], n_sums: int = 0
+            ) -> SharedGraph:
                 mode, answers = self.whole.mode, self.whole.answers
                 return SharedGraph.of_named(
-                    function, f"{kind} {signature}", arguments, weights, mode, answers
+                    function, f"{kind} {signature}", arguments, weights, mode, answers, n_sums
                 )
 
             data = [*varied, *fixed]
             self._pairs[signature] = _Pair(
-                graph("value", of_data, data),
+                graph("value", of_data, data, len(kept)),
                 graph("derivative", of_cotangents, [*data, *kept, *outputs]),
                 tuple(weights),
                 len(outputs),

@@ -15,6 +15,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -621,6 +623,25 @@ def test_self_check_waits_for_a_structure_that_says_something(filled_store: Path
         assert all(torch.isnan(output).any() for output in graph(spoiled, [WEIGHTS]))
     require_eager_numbers(graph, data())
     assert graph.is_compiled
+
+
+@pytest.mark.parametrize(
+    ("n_sums", "error", "accepted"), [(0, 5e-10, False), (1, 5e-10, True), (1, 5e-9, False)]
+)
+def test_sums_that_cancel_are_compared_on_the_scale_of_their_terms(
+    store: Path, monkeypatch: pytest.MonkeyPatch, n_sums: int, error: float, accepted: bool
+) -> None:
+    """As the moments of an atom in a crystal."""
+
+    def rounded(*values: Tensor) -> tuple[Tensor, ...]:
+        picked, gradient = small(*values)
+        return picked, gradient + error
+
+    monkeypatch.setattr(SharedGraph, "_compile", lambda self, store: rounded)
+    graph = replace(small_graph(), n_sums=n_sums)
+    with nullcontext() if accepted else pytest.warns(GraphWarning, match="differs from eager"):
+        graph(data(), [torch.zeros_like(WEIGHTS)])
+    assert graph.is_compiled is accepted
 
 
 def test_outputs_that_were_zero_are_checked_when_they_are_not(

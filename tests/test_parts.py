@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import ase.build
 import numpy as np
 import pytest
 import torch
@@ -115,6 +116,17 @@ def test_compiled_stages_serve_all_heads_and_sizes(name: str, monkeypatch: pytes
     assert len(graphs) == 1
     assert not whole.is_compiled
     assert all(graph.is_compiled for graph in stages)
+
+
+def test_a_crystal_may_be_the_first_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments vanish but for rounding, and the self-check accepts that."""
+    in_small_parts(monkeypatch)
+    potential = mtinfer.load(DATA / "reference/checkpoints/dpa3-shared-pt.pt", device="cpu", compile="wait")
+    potential.evaluate(ase.build.bulk("Cu", "fcc", a=3.61, cubic=True) * (2, 2, 2), "copper")
+    stages = potential.graphs[1:]
+    assert all(graph.is_compiled for graph in stages)
+    assert any(graph.n_sums for graph in stages[::2])  # of values; those between are of derivatives
+    assert not any(graph.n_sums for graph in stages[1::2])
 
 
 def test_a_single_evaluation_never_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -268,8 +268,8 @@ class DPA1:
             types (n,), row of the pair tables (n, m), row of the empty-slot table (n,),
             numbers of empty and of phantom slots (n,).
         keep
-            of a stage; without attention only: the moment (n, 4, g) is kept, and the pair features are evaluated
-            anew for the derivative.
+            of a stage, without attention only: the moment (n, 4, g) is kept, and the pair features are
+            evaluated anew for the derivative.
 
         Returns
         -------

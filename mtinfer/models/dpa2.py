@@ -291,6 +291,7 @@ class BeforeRepformer:
     """Stage that makes the first node features; no centre needs another one."""
 
     model: DPA2
+    #: keeps the moment, and none of the pair features
     in_parts: bool
 
     def arguments(self) -> tuple[list[Argument], list[Argument]]:
@@ -306,8 +307,10 @@ class BeforeRepformer:
         return [Argument(("atoms", self.model.repformer.options.g1_dim), self.model.dtype)]
 
     def kept(self) -> list[Argument]:
-        """Moment of the first stage."""
+        """Moment of the neighbours."""
         repinit = self.model.repinit
+        if not self.in_parts:
+            return []
         return [Argument(("atoms", 4, repinit.pair_network.neuron[-1]), repinit.dtype)]
 
     def reads(self, name: str) -> bool:

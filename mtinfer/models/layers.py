@@ -139,7 +139,8 @@ def radial_moment(
     arrays
         shapes (n, m, ...), made of ``x.detach()``.
     again
-        evaluate the functions anew for the derivative, in place of keeping them; not by weights.
+        evaluate the functions anew for the derivative, in place of keeping them, unless a weight requires a
+        gradient.
 
     Returns
     -------
@@ -164,7 +165,8 @@ def radial_moment(
     def derivative(gradient: Tensor) -> tuple[Tensor, ...]:
         return in_pieces(gradients, (fixed, gradient, *arrays), weights)
 
-    if again or not any(y.requires_grad for y in (rows, x, *weights.values())):
+    varies, of_weights = (any(y.requires_grad for y in ys) for ys in ((rows, x), weights.values()))
+    if (again or not varies) and not of_weights:
         (moment,) = in_pieces(moment_alone, (fixed, *arrays), weights)
         return _MomentAgain.apply(rows, x, moment, derivative)  # type: ignore[no-any-return, no-untyped-call]
     moment, value, slope = in_pieces(with_moment, (fixed, *arrays), weights)

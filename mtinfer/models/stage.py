@@ -76,7 +76,7 @@ def derivative(
 
 
 class _Known(torch.autograd.Function):
-    """`x`, whose value is at hand: nothing reads the one computed anew, and the compiler leaves it out."""
+    """`x`, whose value is at hand: nothing reads the one computed anew, and compiled code leaves it out."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, known: Tensor) -> Tensor:
