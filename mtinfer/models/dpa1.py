@@ -30,9 +30,7 @@ from .gather import lookup
 from .layers import (
     Sloped,
     Weights,
-    along,
     precision,
-    radial_moment,
     required,
     row_sum,
 )
@@ -48,6 +46,7 @@ from .layout import (
     with_empty,
 )
 from .pair_network import PairNetwork
+from .radial import along, radial_moment
 from .stage import Keep
 
 #: attention makes arrays of slots times slots of one centre

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..inputs import GraphInputs, ParameterSpec
 from .activations import known_activation
 from .environment import Environment, add_to_first_row, invariants, statistics, statistics_parameters
-from .layers import Network, Sloped, Weights, precision, radial_moment, required
+from .layers import Network, Sloped, Weights, precision, required
 from .layout import Argument, Layout, Pairs, Selection, VectorsOnSlots, padded_rows, row_chunks
+from .radial import radial_moment
 
 _BLOCK = "descriptor"
 

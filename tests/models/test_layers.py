@@ -17,15 +17,14 @@ from mtinfer.models.activations import activation, known_activation
 from mtinfer.models.layers import (
     Network,
     Sloped,
-    along,
     layer_norm,
     precision,
-    radial_moment,
     required,
     safe_norm,
     switch,
 )
 from mtinfer.models.layout import Argument
+from mtinfer.models.radial import along, radial_moment
 
 X = torch.linspace(-12.0, 12.0, 97, dtype=torch.float64)
 #: torch's softplus is x above 20
