@@ -381,11 +381,12 @@ def _require_declared(arguments: Sequence[Argument], data: Sequence[Tensor]) -> 
     """Raise ValueError unless shapes and dtypes are as declared: compiled code does not look."""
     sizes: dict[str | int, int] = {}
     for position, (argument, tensor) in enumerate(zip(arguments, data, strict=True)):
-        expected = tuple(
-            axis if isinstance(axis, int) else sizes.setdefault(axis, size)
-            for axis, size in zip(argument.axes, tensor.shape, strict=True)
-        )
-        if tensor.shape != expected or tensor.dtype != argument.dtype:
+        is_declared = tensor.dtype == argument.dtype
+        for axis, size in zip(argument.axes, tensor.shape, strict=True):
+            if size != (axis if isinstance(axis, int) else sizes.setdefault(axis, size)):
+                is_declared = False
+        if not is_declared:
+            expected = tuple(sizes.get(axis, axis) for axis in argument.axes)
             raise ValueError(
                 f"argument {position} of a graph is {tuple(tensor.shape)} {tensor.dtype}; "
                 f"it must be {expected} {argument.dtype} ({', '.join(map(str, argument.axes))})"

@@ -234,12 +234,13 @@ def _angle_lists(near: Tensor, centers: Tensor, n_atoms: int) -> list[Index]:
     n_partners = counts[near_centers]
     starts = torch.cumsum(n_partners, 0) - n_partners
     n_near = near.shape[0]
-    first = torch.repeat_interleave(torch.arange(n_near, device=near.device), n_partners)
+    edges = torch.arange(n_near, device=near.device)
     rank = ranks(near_centers, n_atoms)
-    partner = torch.arange(first.shape[0], device=near.device) - starts[first]
-    second = (torch.arange(n_near, device=near.device) - rank)[first] + partner
-    transposed = starts[second] + rank[first]
+    first = torch.repeat_interleave(n_partners)  # edge k as often as it has partners
     order = torch.arange(first.shape[0], device=near.device)
+    # partner k of an edge is the edge of rank k of its centre
+    second = order + (edges - rank - starts).index_select(0, first)
+    transposed = starts.index_select(0, second) + rank.index_select(0, first)
     return [
         Index.of(near, centers.shape[0], ascending=True),
         Index.of(near_centers, n_atoms, ascending=True),

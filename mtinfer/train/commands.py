@@ -109,17 +109,23 @@ def _run(trainer: Trainer, plan: Plan, ranks: Ranks) -> bool:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> str:
+            return f"{task.speed:.1f} steps/s" if task.speed else ""
 
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
@@ -127,12 +133,10 @@ def _run(trainer: Trainer, plan: Plan, ranks: Ranks) -> bool:
         *columns, console=console, disable=not (console.is_terminal and ranks.is_first)
     ) as progress:
         total = plan.schedule.n_steps
-        bar = progress.add_task("compiling", total=total, completed=trainer.step, rate="")
+        bar = progress.add_task("compiling", total=total, completed=trainer.step)
 
         def tick(step: int) -> None:
-            speed = progress.tasks[0].speed
-            rate = f"{speed:.1f} steps/s" if speed else ""
-            progress.update(bar, completed=step, description="training", rate=rate)
+            progress.update(bar, completed=step, description="training")
 
         def say(line: str) -> None:
             progress.console.print(line, highlight=False) if console.is_terminal else click.echo(line)

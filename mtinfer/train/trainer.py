@@ -88,8 +88,13 @@ class Trainer:
             self.ranks.size,
             drawn=state.drawn,
         )
+        #: task -> name of each weight that it trains -> "owner/name"
         self._trained = {
-            task.name: sorted(trained_names(task.model, task.config.model)) for task in plan.tasks
+            task.name: {
+                name: f"{self._owners(task.name, name)}/{name}"
+                for name in sorted(trained_names(task.model, task.config.model))
+            }
+            for task in plan.tasks
         }
         #: "owner/name" -> tensor that the optimizer changes
         self.parameters = self._parameters()
@@ -262,9 +267,9 @@ class Trainer:
         batch = self._batch(k, index, task.systems[index], chosen)
         labels = task.config.loss.labels(batch, lr / self.plan.schedule.start)
         result = self.steps[task.name](batch, labels, self.weights[task.name])
-        names = self._trained[task.name]
+        trained = self._trained[task.name]
         stop = self._flags[asked()]
-        mean = self.ranks.mean([result.loss, stop, *(result.gradients[name] for name in names)])
+        mean = self.ranks.mean([result.loss, stop, *(result.gradients[name] for name in trained)])
         (loss, stopping), gradients = map(float, mean[:2]), mean[2:]
         if not math.isfinite(loss):
             raise TrainingError(
@@ -274,8 +279,7 @@ class Trainer:
         self.keeper.accept()
         self._thin_out()
         self._errors[k] = self._errors[k] + Errors.of(batch, result.energy, result.forces, result.virial)
-        labels_of = (f"{self._owners(task.name, name)}/{name}" for name in names)
-        self._update(dict(zip(labels_of, gradients, strict=True)), lr)
+        self._update(dict(zip(trained.values(), gradients, strict=True)), lr)
         self.step += 1
         return lr, bool(stopping)
 
