@@ -133,6 +133,11 @@ class _Moment(torch.autograd.Function):
         return (here * x.unsqueeze(1)).sum(2), of_x, *(None for _ in indices)
 
 
+#: most rows of a table whose gradient is a product with one-hot rows; beyond it (pairs of nine types) that
+#: takes longer than to sort the entries, and its factor more memory than they
+_MAX_ONE_HOT = 64
+
+
 class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
@@ -142,16 +147,18 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
+        index, gradient = ctx.saved_tensors[0].reshape(-1), gradient.reshape(-1, gradient.shape[-1])
+        if ctx.n_rows > _MAX_ONE_HOT:
+            return segment_sum(gradient, Index.of(index, ctx.n_rows)), None
         rows = torch.arange(ctx.n_rows, device=index.device)
-        one_hot = (rows.unsqueeze(1) == index.reshape(1, -1)).to(gradient.dtype)
-        return one_hot @ gradient.reshape(-1, gradient.shape[-1]), None
+        return (rows.unsqueeze(1) == index).to(gradient.dtype) @ gradient, None
 
 
 def lookup(table: Tensor, index: Tensor) -> Tensor:
-    """Rows of a table of few rows (types, pairs of types): (n, c) and any shape (...) -> (..., c).
+    """Rows of a table of types, or of pairs of types: (n, c) and any shape (...) -> (..., c).
 
-    The derivative with respect to the table is a product with one-hot rows.
+    For an index that is not grouped by row: the derivative with respect to the table is a product with
+    one-hot rows, or sorts the entries where the table is long.
     """
     return _Lookup.apply(table, index)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mtinfer.models.gather import Index, gather, lookup, moment, segment_sum, settled
+from mtinfer.models.gather import _MAX_ONE_HOT, Index, gather, lookup, moment, segment_sum, settled
 
 N, M = 5, 11
 
@@ -101,6 +101,7 @@ def test_derivatives_of_both_orders(check: Callable[..., bool], index: Index, as
     assert check(lambda w, x: moment(w, x, ascending), (random(M, 2), random(M, 3, seed=1)))
     assert check(lambda w, x: moment(w, x, ascending, source), (random(M, 2), random(4, 3, seed=1)))
     assert check(lambda x: lookup(x, where), random(4, 2))
+    assert check(lambda x: lookup(x, where), random(_MAX_ONE_HOT + 1, 1))  # which sorts
     assert check(settled, random(4, 2))
 
 

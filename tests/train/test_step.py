@@ -12,6 +12,8 @@ import torch
 from ase.data import chemical_symbols
 from tiny_inputs import DESCRIPTORS, FITTING, SYSTEMS, plan_of, shared_input, training_input
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtinfer.models import EnergyModel
 from mtinfer.train.batch import Batch, Labels, make_batch
@@ -319,6 +321,36 @@ def test_excluded_types_have_a_graph_of_their_own() -> None:
     content["model"]["model_dict"]["clusters"]["atom_exclude_types"] = [0]
     plan = plan_of(content)
     assert signature(plan.tasks[0].model) != signature(plan.tasks[1].model)
+
+
+@pytest.mark.parametrize("mode", ["off", pytest.param("wait", marks=_SLOW)])
+def test_gradients_with_all_elements_need_no_memory_for_pairs_of_them(mode: Any) -> None:
+    content = shared_input("dpa1strip")
+    content["model"]["shared_dict"]["types"] = chemical_symbols[1:119]
+    plan = plan_of(content)
+    step = TrainingStep(plan.tasks[0].model, weights_of(plan)["clusters"], mode)
+    assert_gradients_equal(plan, step, 0)
+    assert mode == "off" or step.graph.is_compiled
+    task = plan.tasks[0]
+    batch, labels = batch_and_labels(plan, 0)
+    ordered = [weights_of(plan)[task.name][name] for name in (*step.trained, *step.fixed)]
+    one_hot = batch.structure[2].numel() * 118**2
+    with _Sizes() as sizes:
+        step.graph.function(*batch.structure, *labels, *ordered)
+    assert max(sizes.found) < one_hot / 2
+
+
+class _Sizes(TorchDispatchMode):
+    """Number of entries of every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.found += [x.numel() for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        return result
 
 
 def test_electron_configurations_have_a_graph_of_their_own() -> None:
