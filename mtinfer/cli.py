@@ -141,7 +141,7 @@ def convert(
     before, after = checkpoint.stat().st_size, target.stat().st_size
     click.echo(f"{checkpoint}  {file_size(before)}")
     click.echo(f"{target}  {file_size(after)} ({after / before:.0%})  heads: {', '.join(written)}")
-    for name in source.heads.keys() - set(written) if not heads else ():
+    for name in () if heads else [name for name in source.heads if name not in written]:
         click.echo(f"left out: {source.heads[name].refused}", err=True)
 
 

@@ -14,12 +14,13 @@ import sys
 import tempfile
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -73,7 +74,18 @@ def _require_compiler() -> None:
 
 
 class GraphWarning(UserWarning):
-    """A graph could not be compiled, stored or trusted; the results are eager ones."""
+    """There is no compiled graph to be had or trusted, and results are eager ones; or it was not stored."""
+
+
+def compile_mode(compile: bool | CompileMode) -> CompileMode:
+    """Return the mode that an argument names; raises ValueError for another one."""
+    if isinstance(compile, bool):
+        return "background" if compile else "off"
+    if compile not in (allowed := get_args(CompileMode)):
+        raise ValueError(
+            f"compile={compile!r} is unknown; allowed are True, False, {', '.join(map(repr, allowed))}"
+        )
+    return compile
 
 
 def trace(
@@ -206,9 +218,8 @@ class SharedGraph:
     #: outputs that were zero in all calls so far and say nothing about the graph; None before the first call
     _unconfirmed: frozenset[int] | None = None
     _is_looked_up: bool = False
-    _worker: threading.Thread | None = None
-    #: process that started it
-    _worker_of: int | None = None
+    #: process -> its thread that compiles, which a forked process has not inherited
+    _workers: dict[int, threading.Thread] = field(default_factory=dict)
 
     @classmethod
     def of_named(
@@ -255,8 +266,8 @@ class SharedGraph:
 
     def join(self) -> None:
         """Wait for a compilation in the background."""
-        if self._worker is not None:
-            self._worker.join()
+        if os.getpid() in self._workers:
+            self._workers[os.getpid()].join()
 
     def _prepare(self, device: torch.device) -> None:
         if self.mode == "wait":
@@ -266,16 +277,16 @@ class SharedGraph:
             self._obtain(device, compile_missing=False)
         elif (
             self.mode == "background"
-            and self._worker_of != os.getpid()  # a forked process has not inherited the thread
+            and os.getpid() not in self._workers
             and self.answers.n > _ANSWERS_BEFORE_BACKGROUND
         ):
             # the compiler imports it, which Python 3.11 forbids once a process has come to its end
             import concurrent.futures.process  # noqa: F401
 
-            self._worker_of = os.getpid()
-            self._worker = threading.Thread(target=self._obtain, args=(device,), name="mtinfer-compile")
-            self._worker.start()
-            threading.Thread(target=_say_what_is_waited_for, args=(self._worker,), daemon=True).start()
+            worker = threading.Thread(target=self._obtain, args=(device,), name="mtinfer-compile")
+            if self._workers.setdefault(os.getpid(), worker) is worker:  # else another thread was faster
+                worker.start()
+                threading.Thread(target=_say_what_is_waited_for, args=(worker,), daemon=True).start()
 
     def _obtain(self, device: torch.device, *, compile_missing: bool = True) -> None:
         try:
@@ -287,11 +298,12 @@ class SharedGraph:
                 with _compiler(os.getpid()), store.alone():
                     if self.mode == "off":
                         return
-                    compiled = _stored(store, device) or self._compile(store)
+                    compiled = self._compiled or _stored(store, device) or self._compile(store)
+                    self._compiled = compiled  # for threads that wait for the compiler
         except Exception as err:  # the compiler raises many types; whatever it is, eager is right
             if not threading.main_thread().is_alive():
                 return  # the process ends before the compiler was imported, and nobody waits for the graph
-            self._give_up(f"the graph could not be compiled ({first_line(err)})")
+            self._give_up(f"there is no compiled graph ({first_line(err)})")
             return
         self._compiled = compiled
 
@@ -344,6 +356,8 @@ class SharedGraph:
             outputs = compiled(*data, *weights)
             floors = [_SELF_CHECK_FLOOR] * (len(expected) - self.n_sums) + [1.0] * self.n_sums
             worst = max(map(_difference, outputs, expected, floors)) / self._tolerance
+        except torch.OutOfMemoryError:  # says nothing about the graph
+            raise
         except Exception as err:
             self._give_up(f"the compiled graph failed ({first_line(err)})")
             return expected
@@ -394,5 +408,11 @@ def _require_declared(arguments: Sequence[Argument], data: Sequence[Tensor]) -> 
 
 
 def _stored(store: GraphStore, device: torch.device) -> LoadedGraph | None:
+    """Load a stored graph; None where there is none, or none that can be loaded here, as after an update."""
     package = store.find()
-    return None if package is None else LoadedGraph(package, device)
+    if package is None:
+        return None
+    try:
+        return LoadedGraph(package, device)
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile):  # it is compiled anew
+        return None

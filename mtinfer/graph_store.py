@@ -50,7 +50,8 @@ def _sources() -> str:
     """Digest of the files whose text determines a graph."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    modules = ["graph", "heads", "stage_graphs", "value_graphs", "cpu_code", "train/batch", "train/step"]
+    modules = ["graph", "heads", "stage_graphs", "value_graphs", "cpu_code", "checkpoint/sharing"]
+    modules += ["train/batch", "train/step"]
     traced = [here / f"{module}.py" for module in modules]
     for path in sorted([*(here / "models").glob("*.py"), *traced, *here.glob("*.h")]):
         digest.update(path.read_bytes())
@@ -86,13 +87,13 @@ class GraphStore:
         return self.directory / f"{self.key}.json"
 
     def make(self) -> bool:
-        """Create the directory for the user alone, and refuse another's; False where it can't be created."""
+        """Create the directory for the user alone, and refuse another's; False where it can't be written."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError:
             return False
         self._require_private(self.directory)
-        return True
+        return os.access(self.directory, os.W_OK)
 
     def _require_private(self, *paths: Path) -> None:
         for path in paths:

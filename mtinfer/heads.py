@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -84,12 +84,12 @@ def head_states(
             reasons[name] = str(err)
     faster = _tabulated(checkpoint, models, reasons) if tabulate else {}
     graphs: dict[str, StageGraphs] = {}
-    answers = Answers()
+    answers, shared = Answers(), _Shared(device)
     heads: dict[str, HeadState] = {}
     for name in [name for name in models if name not in reasons]:
-        state = _head_state(checkpoint.heads[name], models[name], device, mode, graphs, answers)
+        state = _head_state(checkpoint.heads[name], models[name], shared, mode, graphs, answers)
         if name in faster:
-            series = _head_state(checkpoint.heads[name], faster[name], device, mode, graphs, answers)
+            series = _head_state(checkpoint.heads[name], faster[name], shared, mode, graphs, answers)
             state = replace(series, exact=state)
         heads[name] = state
     return heads, {name: Refused(reason, checkpoint.heads[name].aliases) for name, reason in reasons.items()}
@@ -135,16 +135,46 @@ def _model(record: HeadRecord, checkpoint: Checkpoint) -> EnergyModel:
     return model
 
 
+class _Shared:
+    """What heads with common weights have once: the weights on a device, and what descriptors make of them.
+
+    Of one checkpoint, in which a weight that heads share is one tensor.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        #: identity of a tensor of the checkpoint -> its copy
+        self._moved: dict[int, Tensor] = {}
+        self._prepared: dict[Hashable, list[dict[str, Tensor]]] = {}
+
+    def weights(self, record: HeadRecord) -> dict[str, Tensor]:
+        """Weights of a head on the device."""
+        for weight in record.weights.values():
+            if id(weight) not in self._moved:
+                self._moved[id(weight)] = weight.to(self._device)
+        return {name: self._moved[id(weight)] for name, weight in record.weights.items()}
+
+    def groups(self, model: EnergyModel, weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Weights of a head as the graph reads them, by weight group."""
+        descriptor = model.descriptor
+        own = tuple((name, id(weights[name])) for name in sorted(descriptor.parameters()))
+        key = (model.type_map, descriptor, own)
+        if key not in self._prepared:
+            groups = descriptor.prepare(weights)
+            self._prepared[key] = [{k: w.contiguous() for k, w in group.items()} for group in groups]
+        return model.prepare(weights, self._prepared[key])
+
+
 def _head_state(
     record: HeadRecord,
     model: EnergyModel,
-    device: torch.device,
+    shared: _Shared,
     mode: CompileMode,
     graphs: dict[str, StageGraphs],
     answers: Answers,
 ) -> HeadState:
-    weights = {name: tensor.to(device) for name, tensor in record.weights.items()}
-    groups = model.prepare(weights)
+    weights = shared.weights(record)
+    groups = shared.groups(model, weights)
     names = tuple(sorted(groups[0]))
     default_fparam = weights.get("fitting_net.default_fparam_tensor")
     stages = _graphs(model, names, groups[0], mode, graphs, answers)

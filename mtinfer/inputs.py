@@ -57,7 +57,7 @@ class GraphInputs:
         return int(self.types.shape[0])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """What a head says of one structure."""
 
@@ -83,6 +83,13 @@ class Prediction:
         -------
         shape (6,), eV/Å^3
             -virial / volume, symmetrised, Voigt order xx yy zz yz xz xy, ASE's sign (tension positive).
+
+        Raises
+        ------
+        ValueError
+            The volume is not positive.
         """
+        if not volume > 0.0:
+            raise ValueError(f"volume is {volume} Å^3; a stress needs a cell with a positive one")
         stress = -0.5 * (self.virial + self.virial.T) / volume
         return stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]

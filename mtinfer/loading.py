@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from .checkpoint.load import read as read_checkpoint
 from .checkpoint.precision import Precision, with_precision
 from .errors import CheckpointError, MtinferError, UnsupportedModelError, first_line
-from .graph import CompileMode
+from .graph import CompileMode, compile_mode
 from .heads import head_states
 from .potential import Potential
 
@@ -66,7 +66,7 @@ def load(
     """
     _survive_forks()
     where = usable_device(device)
-    mode = _compile_mode(compile)
+    mode = compile_mode(compile)
     path = Path(path)
     if path.exists():
         path = path.resolve()  # a link may lead to another file, later
@@ -118,22 +118,13 @@ def usable_device(name: str | torch.device | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name).numpy(force=True)  # numbers come back, which those of "meta" can't
-    except (RuntimeError, AssertionError, NotImplementedError) as err:
+        # doubles come back, which those of "meta" can't, and "mps" has none
+        torch.empty(0, dtype=torch.float64, device=name).numpy(force=True)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as err:
         raise MtinferError(
             f"device {str(name)!r} can't be used ({first_line(err)}); try cpu, or cuda on a GPU"
         ) from err
     return torch.device(name)
-
-
-def _compile_mode(compile: bool | CompileMode) -> CompileMode:
-    if isinstance(compile, bool):
-        return "background" if compile else "off"
-    if compile not in (allowed := get_args(CompileMode)):
-        raise ValueError(
-            f"compile={compile!r} is unknown; allowed are True, False, {', '.join(map(repr, allowed))}"
-        )
-    return compile
 
 
 def _dtype(dtype: str | torch.dtype) -> Precision:

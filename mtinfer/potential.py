@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checkpoint.heads import find_head
 from .errors import StructureError, UnsupportedModelError, nearest, user_level
-from .graph import CompileMode, SharedGraph
+from .graph import CompileMode, SharedGraph, compile_mode
 from .heads import HeadState, Refused
 from .inputs import GraphInputs, Prediction
 from .models import EnergyModel, edge_gradients, forces_and_virial
@@ -101,10 +101,16 @@ class Potential:
         """Largest cutoff of all heads, Å."""
         return max(state.model.rcut for state in self._heads.values())
 
-    def compile(self, mode: CompileMode) -> None:
-        """Choose when the graphs of all heads are compiled; see `mtinfer.graph.CompileMode`."""
+    def compile(self, mode: bool | CompileMode) -> None:
+        """Choose when the graphs of all heads are compiled, as `mtinfer.load` has it.
+
+        Raises
+        ------
+        ValueError
+            There is no such mode.
+        """
         for graph in self.graphs:
-            graph.mode = mode
+            graph.mode = compile_mode(mode)
 
     def head(self, name: str | None = None) -> HeadState:
         """Find a head by name or alias; None picks the only one of the file, or the one called ``Default``.
@@ -347,7 +353,7 @@ class Potential:
         self, atoms: ase.Atoms, state: HeadState, type_dict: Mapping[str, int] | None = None
     ) -> NDArray[np.int64]:
         type_map = state.model.type_map
-        index = type_dict or {symbol: k for k, symbol in enumerate(type_map)}
+        index = {symbol: k for k, symbol in enumerate(type_map)} if type_dict is None else type_dict
         numbers = {number: _symbol(number) for number in set(atoms.numbers.tolist())}
         unknown = [number for number, symbol in numbers.items() if symbol not in index]
         if unknown:
@@ -355,7 +361,7 @@ class Potential:
             symbol = numbers[int(atoms.numbers[position])]
             what = f"head {state.name!r} does not know; its type map is {', '.join(type_map)}"
             if type_dict is not None:
-                what = f"type_dict lacks; it has {', '.join(type_dict)}"
+                what = f"type_dict lacks; it has {', '.join(type_dict) or 'none'}"
             raise StructureError(f"atom {position} is {symbol}, which {what}{nearest(symbol, index)}")
         if state.observed_types is not None:
             seen = {symbol for symbol, t in index.items() if type_map[t] in state.observed_types}

@@ -137,7 +137,8 @@ def _same_descriptor(a: HeadState, b: HeadState) -> bool:
         return False
     groups = [(_of_descriptor(a, k), _of_descriptor(b, k)) for k in range(len(a.weights))]
     return all(
-        mine.keys() == theirs.keys() and all(torch.equal(w, theirs[name]) for name, w in mine.items())
+        mine.keys() == theirs.keys()
+        and all(w is theirs[name] or torch.equal(w, theirs[name]) for name, w in mine.items())
         for mine, theirs in groups
     )
 

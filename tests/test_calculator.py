@@ -193,6 +193,17 @@ def test_open_structure_has_no_stress(potential: Potential) -> None:
     assert atoms.calc.results["virial"].shape == (3, 3)
     with pytest.raises(PropertyNotImplementedError):
         atoms.get_stress()
+    with pytest.raises(ValueError, match=r"volume is 0\.0"):
+        potential.evaluate(atoms, head="clusters").stress(0.0)
+
+
+def test_when_to_compile_is_chosen_later_as_well() -> None:
+    potential = mtinfer.load(DATA / "variants/checkpoints/sea4-pt.pt", device="cpu")
+    potential.compile(False)
+    assert {graph.mode for graph in potential.graphs} == {"off"}
+    with pytest.raises(ValueError, match=r"compile='on' is unknown; allowed are True, False, 'off'"):
+        potential.compile("on")  # type: ignore[arg-type]
+    assert {graph.mode for graph in potential.graphs} == {"off"}
 
 
 def test_parameters_of_a_structure_count_as_a_change(eager: Callable[..., Potential]) -> None:

@@ -102,6 +102,13 @@ def test_a_shared_descriptor_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) 
     assert len(calls) == 2 * n_calls
 
 
+def test_a_shared_descriptor_is_in_memory_once() -> None:
+    potential = mtinfer.load(STRIP, device="cpu", compile=False)
+    first, second = (potential.head(name) for name in ("water", "copper"))
+    for name, mine, theirs in zip(first.weight_names, first.weights[0], second.weights[0], strict=True):
+        assert (mine is theirs) == name.startswith("descriptor."), name
+
+
 def test_heads_whose_descriptors_differ_are_not_mixed() -> None:
     potential = mtinfer.load(STRIP, device="cpu", compile=False)
     state = potential.head("copper")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -14,7 +15,9 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +38,7 @@ import mtinfer
 from mtinfer import MTCalculator, Potential
 from mtinfer.graph import GraphWarning, SharedGraph, _compiler, _stored, trace
 from mtinfer.graph_store import GraphStore, cache_directory, graph_key
+from mtinfer.loaded_graph import LoadedGraph
 from mtinfer.models.layout import Argument
 from mtinfer.testing import precision
 
@@ -249,6 +253,64 @@ def test_constants_are_stored_with_a_graph(store: Path) -> None:
         assert (graph.n_compiled, graph.is_compiled) == (n_compiled, True)
 
 
+def store_unloadable(directory: Path) -> None:
+    """Make the graph in `directory` one that is whole, of code that can't be loaded: of another system."""
+    (binary,) = directory.glob("*.graph")
+    (record,) = directory.glob("*.json")
+    with zipfile.ZipFile(binary, "w") as archive:
+        archive.writestr("data/graph.so", b"no code")
+    digest = hashlib.sha256(binary.read_bytes()).hexdigest()
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": digest}))
+
+
+def test_a_graph_that_does_not_load_is_compiled_anew(filled_store: Path) -> None:
+    store_unloadable(filled_store)
+    graph = small_graph("stored")
+    require_eager_numbers(graph, data())
+    assert (graph.mode, graph.is_compiled) == ("stored", False)
+    for n_compiled in (1, 0):
+        graph = small_graph()
+        require_eager_numbers(graph, data())
+        assert (graph.n_compiled, graph.is_compiled) == (n_compiled, True)
+
+
+@pytest.mark.parametrize("mode", ["wait", "background"])
+def test_threads_that_share_a_graph_compile_it_once(
+    store: Path, small_store: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    (compiled,) = small_store.glob("*.graph")
+
+    def unstored(graph: SharedGraph, store: GraphStore) -> LoadedGraph:
+        time.sleep(0.2)
+        graph.n_compiled += 1
+        return LoadedGraph(compiled, WEIGHTS.device)
+
+    monkeypatch.setattr(SharedGraph, "_compile", unstored)
+    graph = small_graph(mode)
+    graph._is_looked_up, graph.answers.n = True, 10
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(require_eager_numbers, graph, data()) for _ in range(8)]:
+            done.result()
+    graph.join()
+    assert (graph.n_compiled, graph.is_compiled) == (1, True)
+
+
+def test_no_memory_for_the_self_check_is_no_fault_of_the_graph(
+    filled_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*values: Tensor) -> tuple[Tensor, ...]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    graph = small_graph()
+    monkeypatch.setattr(LoadedGraph, "__call__", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        graph(data(), [WEIGHTS])
+    monkeypatch.undo()
+    monkeypatch.setenv("MTINFER_CACHE", str(filled_store))
+    require_eager_numbers(graph, data())
+    assert graph.is_compiled
+
+
 def flip_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -365,7 +427,7 @@ print(*(w.message for w in caught if w.category is GraphWarning), sep="\\n")
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
-    assert "could not be compiled" in done.stdout
+    assert "there is no compiled graph" in done.stdout
     assert "no C++ compiler '/nonexistent/c++'; install one, or name it in CXX" in done.stdout
     assert "evaluating eagerly" in done.stdout
 
@@ -433,7 +495,7 @@ def test_compiler_that_fails(store: Path, monkeypatch: pytest.MonkeyPatch) -> No
         raise RuntimeError("internal error\nwith a long story")
 
     monkeypatch.setattr(SharedGraph, "_compile", fail)
-    require_refusal(r"could not be compiled \(RuntimeError: internal error\); evaluating eagerly")
+    require_refusal(r"there is no compiled graph \(RuntimeError: internal error\); evaluating eagerly")
 
 
 def require_next_answer(graph: SharedGraph, values: tuple[Tensor, ...]) -> None:
@@ -470,7 +532,7 @@ def test_no_home_for_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr("mtinfer.graph.cache_directory", fail)
-    require_refusal(r"could not be compiled \(RuntimeError: Could not determine home directory\.\)")
+    require_refusal(r"there is no compiled graph \(RuntimeError: Could not determine home directory\.\)")
 
 
 def test_background_answers_eagerly_in_the_meantime(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,6 +617,22 @@ def test_graph_that_cannot_be_stored_still_serves(store: Path, monkeypatch: pyte
         require_eager_numbers(graph, data())
     require_eager_numbers(graph, data(3, 2))
     assert graph.is_compiled
+
+
+def test_a_directory_that_cannot_be_written_stops_no_compilation(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_not_mine(self: GraphStore, package: Path, signature: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (store / "inductor").unlink()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != store)  # root may write anywhere
+    monkeypatch.setattr(GraphStore, "save", is_not_mine)
+    graph = small_graph()
+    with pytest.warns(GraphWarning, match="could not be stored .*Permission denied"):
+        require_eager_numbers(graph, data())
+    assert graph.is_compiled
+    assert not list(store.iterdir())
 
 
 def test_two_processes_compile_a_graph_once(filled_store: Path, tmp_path: Path) -> None:
@@ -680,7 +758,7 @@ def test_the_first_call_has_the_bits_of_later_ones(filled_store: Path) -> None:
 def test_a_forked_process_compiles_for_itself(filled_store: Path) -> None:
     graph = small_graph("background")
     # as in a child that was forked while its parent was compiling
-    graph._is_looked_up, graph._worker, graph._worker_of = True, threading.Thread(), os.getppid()
+    graph._is_looked_up, graph._workers = True, {os.getppid(): threading.Thread()}
     graph.answers.n = 10
     require_eager_numbers(graph, data())
     graph.join()

@@ -15,14 +15,14 @@ from ..errors import CheckpointError
 from . import archive
 from .container import check_records, file_kind, of_file, read_pickle_bytes
 from .dialects import canonical_weights, file_key
-from .heads import HeadEntries, find_head, split_state
+from .heads import HeadEntries, split_state
 from .records import Checkpoint, HeadRecord, Source
 from .unpickle import load_structure
 
 if TYPE_CHECKING:
     from ..inputs import ParameterSpec
 
-__all__ = ["Checkpoint", "HeadRecord", "Source", "check_weights", "find_head", "read"]
+__all__ = ["Checkpoint", "HeadRecord", "Source", "check_weights", "load_content", "read"]
 
 #: stored for information only, so that its value can't make a head unusable
 UNUSED = frozenset({"min_nbor_dist"})
@@ -57,14 +57,21 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _read_training(path: Path) -> Checkpoint:
-    state = split_state(_load_tensors(path), torch.Tensor)
+    state = split_state(load_content(path), torch.Tensor)
     own = _PrivateCopies()
     heads = {head.name: _record(head, state.dialect, own) for head in state.heads}
     source = Source(path.name, path.stat().st_size, None)
     return Checkpoint(path, state.dialect, state.step, heads, source, state.has_debris)
 
 
-def _load_tensors(path: Path) -> object:
+def load_content(path: Path) -> object:
+    """Everything that a training checkpoint holds, with tensors that may be mapped from the file.
+
+    Raises
+    ------
+    CheckpointError
+        The file is damaged, no checkpoint, or contains code.
+    """
     structure = read_pickle_bytes(path)
     mappable = check_records(path)
     try:

@@ -120,13 +120,16 @@ def known_activation(name: object, *, of_messages: bool = False) -> str:
     UnsupportedModelError
         For an unknown name.
     """
-    activation(str(name))
-    own = _OF_MESSAGES.get(str(name).lower()) if of_messages else None
-    return own[0] if own else str(name)
+    name = str(name)
+    if name.lower() in dict(_OF_MESSAGES.values()):
+        raise _unknown(name)
+    activation(name)
+    own = _OF_MESSAGES.get(name.lower()) if of_messages else None
+    return own[0] if own else name
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """Return the activation function of a configuration; `silut:t` carries its threshold.
+    """Return the function of a name that `known_activation` gave; `silut:t` carries its threshold.
 
     Raises
     ------
@@ -139,7 +142,11 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     functions = {**_ACTIVATIONS, **dict(_OF_MESSAGES.values())}
     if kind in functions and not argument:
         return functions[kind]
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> UnsupportedModelError:
     allowed = (*_ACTIVATIONS, "silut[:threshold]")
-    raise UnsupportedModelError(
+    return UnsupportedModelError(
         f"activation function {name!r} is unknown{nearest(name, allowed)}; known are {', '.join(allowed)}"
     )

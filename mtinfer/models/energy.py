@@ -119,13 +119,15 @@ class EnergyModel:
             mixed_types=descriptor.mixed_types,
             pt=dialect == "pt",
         )
-        excluded = tuple(config.get("atom_exclude_types") or ())
+        excluded = config.get("atom_exclude_types") or ()
+        of_fitting = config["fitting_net"].get("exclude_types", excluded)
+        types = range(len(type_map))  # others are passed over, as upstream does
         return cls(
             type_map,
             descriptor,
             fitting,
-            atom_exclude_types=excluded,
-            fitting_exclude_types=tuple(config["fitting_net"].get("exclude_types", excluded)),
+            atom_exclude_types=tuple(t for t in excluded if t in types),
+            fitting_exclude_types=tuple(t for t in of_fitting if t in types),
         )
 
     @property
@@ -144,7 +146,9 @@ class EnergyModel:
             **self.fitting.parameters(),
         }
 
-    def prepare(self, weights: Weights) -> list[dict[str, Tensor]]:
+    def prepare(
+        self, weights: Weights, of_descriptor: Sequence[Mapping[str, Tensor]] | None = None
+    ) -> list[dict[str, Tensor]]:
         """Weights as the graph reads them, one dict per weight group.
 
         What depends on weights alone is multiplied out here, once per head. Differentiable.
@@ -153,12 +157,16 @@ class EnergyModel:
         ----------
         weights
             canonical name -> tensor, as `parameters` lists them.
+        of_descriptor
+            ``descriptor.prepare(weights)`` where a head with the same descriptor has it.
         """
+        if of_descriptor is None:
+            of_descriptor = self.descriptor.prepare(weights)
         excluded = (*self.atom_exclude_types, *self.fitting_exclude_types)
         shared = {"energy.kept": self._kept(excluded, weights)}
         return [
-            shared | group | self.fitting.group(weights, index)
-            for index, group in enumerate(self.descriptor.prepare(weights))
+            {**shared, **group, **self.fitting.group(weights, index)}
+            for index, group in enumerate(of_descriptor)
         ]
 
     def bias(self, weights: Weights) -> Tensor:

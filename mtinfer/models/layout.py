@@ -153,9 +153,10 @@ class Selection:
     ) -> Tensor | None:
         if not excluded:
             return None
-        table = torch.zeros(self.n_types, self.n_types, dtype=torch.bool)
+        table, types = torch.zeros(self.n_types, self.n_types, dtype=torch.bool), range(self.n_types)
         for a, b in excluded:
-            table[a, b] = table[b, a] = True
+            if a in types and b in types:  # others are passed over, as upstream does
+                table[a, b] = table[b, a] = True
         table = table.to(pairs.centers.device)
         return table[inputs.types[pairs.centers], inputs.types[pairs.neighbors]]
 

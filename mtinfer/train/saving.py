@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..checkpoint.dialects import file_key
 from ..checkpoint.records import HeadRecord
 from ..checkpoint.writer import training_content, write_content
-from ..errors import OutputError, TrainingError
+from ..errors import OutputError, TrainingError, user_level
 from ..files import check_output
 from .curves import CURVE, PICTURES, read_curve
 from .plan import Plan
@@ -117,10 +118,7 @@ class Keeper:
     def clear(self) -> None:
         """Remove the files that `claim` found."""
         for path in self._replaced:
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as err:
-                raise OutputError(f"{str(path)!r} can't be removed: {err.strerror}") from err
+            _remove(path)
 
     def go_on(self, resume: Path, step: int) -> None:
         """Count a resumed checkpoint as written, and with it those before in its folder."""
@@ -159,7 +157,10 @@ class Keeper:
         for name, n_kept in zip(self._names, (run.max_ckpt_keep, run.ema_ckpt_keep), strict=True):
             written = self._written.get(name, [])
             for old in written[:-n_kept]:
-                old.unlink(missing_ok=True)
+                try:
+                    _remove(old)
+                except OutputError as err:  # no reason to end a training
+                    warnings.warn(str(err), stacklevel=user_level())
             del written[:-n_kept]
 
     def last_good(self) -> str:
@@ -245,6 +246,13 @@ def _checkpoints(folder: Path, name: str) -> dict[int, Path]:
         if stem == name and step.isdecimal():
             found[int(step)] = path
     return dict(sorted(found.items()))
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as err:
+        raise OutputError(f"{str(path)!r} can't be removed: {err.strerror}") from err
 
 
 def _lead(link: Path, target: str) -> None:

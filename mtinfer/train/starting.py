@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checkpoint.container import file_kind, of_file
 from ..checkpoint.dialects import canonical_name
 from ..checkpoint.heads import DEFAULT_HEAD
-from ..checkpoint.load import check_weights, read
+from ..checkpoint.load import check_weights, load_content, read
 from ..checkpoint.records import Checkpoint, HeadRecord
 from ..checkpoint.writer import parts
 from ..descriptor_kinds import kind_of
@@ -86,9 +86,9 @@ def resumed(path: Path, plan: Plan) -> RunState:
     """
     checkpoint = read(path)
     converted = file_kind(path) == "safetensors"
-    content = {} if converted else torch.load(path, map_location="cpu", weights_only=True)
+    content = {} if converted else load_content(path)
     own = content.get(OWN_ENTRY) if isinstance(content, dict) else None
-    if own is None or "optimizer" not in content:
+    if not isinstance(content, dict) or own is None or "optimizer" not in content:
         raise CheckpointError(
             f"{str(path)!r} can't be resumed: it holds no state of a training of mtinfer; use --finetune"
         )

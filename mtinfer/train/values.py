@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
-from ..models.activations import activation
+from ..models.activations import known_activation
 
 __all__ = ["BOOL", "NOT_NEGATIVE", "SECTION", "VALUES", "WITHOUT_EFFECT", "Values"]
 
@@ -83,7 +83,7 @@ def _activation(value: Any) -> bool:
     if not isinstance(value, str):
         return False
     try:
-        activation(value)
+        known_activation(value)
         return _real(float(value.partition(":")[2] or 0))
     except (UnsupportedModelError, ValueError, OverflowError):  # "silut:x", and a threshold far too low
         return False

@@ -130,7 +130,7 @@ def _compare(
         )
         for k, ((a, b), tolerance) in enumerate(zip(pairs, TOLERANCES[dtype], strict=True)):
             difference = float(np.abs(a - b).max(initial=0.0))
-            worst[k] = max(worst[k], difference)
+            worst[k] = float(np.maximum(worst[k], difference))  # keeps NaN, unlike max()
             accepted = accepted and difference <= tolerance * max(1.0, float(np.abs(b).max(initial=0.0)))
     return Difference(state.name, way, worst[0], worst[1], worst[2], accepted)
 

@@ -111,6 +111,12 @@ def test_functions_that_messages_of_pt_expt_have_instead() -> None:
         assert known_activation(name) == name
 
 
+@pytest.mark.parametrize("name", ["gelu_rounded", "Softplus_exact"])
+def test_names_of_our_own_are_no_activations_of_a_configuration(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"activation function '{name}' is unknown"):
+        known_activation(name)
+
+
 @pytest.mark.parametrize("name", ["tahn", "relu:2", "swish"])
 def test_unknown_activation(name: str) -> None:
     with pytest.raises(

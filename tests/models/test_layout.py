@@ -103,6 +103,12 @@ def test_exclusion_from_the_list_leaves_empty_slots_and_no_room() -> None:
     assert pairs.n_phantom.tolist() == [1, 0, 2, 0]
 
 
+def test_types_that_there_are_not_are_passed_over() -> None:
+    nobody = ((0, 7), (0, -1), (-2, 1), (7, 7))
+    for names in ({"exclude": nobody}, {"pair_exclude": nobody}):
+        assert neighbors(Selection(2, (4,), **names)(inputs())) == neighbors(Selection(2, (4,))(inputs()))
+
+
 def test_shorter_lists_of_further_blocks() -> None:
     pairs = Selection(2, (3,), inner=(Selection(2, (1,), rcut=2.6),))(inputs())
     (inner,) = pairs.inner

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,6 +133,14 @@ def test_verify_fails_where_the_numbers_differ(tmp_path: Path, monkeypatch: pyte
     result = CliRunner().invoke(verify_command, [str(tmp_path / "model.ckpt.pt"), "--compile", "off"])
     assert result.exit_code != 0
     assert "differs" in result.output
+
+
+def test_what_is_no_number_is_the_largest_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, "dpa1strip", True, "off", 2)
+    add_to_forces(monkeypatch, math.nan)
+    for found in verify(tmp_path / "model.ckpt.pt", compiled=False):
+        assert math.isnan(found.forces) == (found.way == "training")
+        assert found.accepted == (found.way != "training")
 
 
 @pytest.mark.parametrize("kind", DESCRIPTORS)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_inputs import DESCRIPTORS, SYSTEMS, plan_of, shared_input
@@ -643,6 +644,30 @@ def test_only_the_input_that_was_trained_is_resumed(
         Trainer(plan_of(given), tmp_path, start=Start(resume=path), mode="off")
     assert f"{str(path)!r} can't be resumed: {message}" in str(caught.value)
     assert str(caught.value).endswith("; use the input that it was trained with, or --finetune")
+
+
+def test_a_checkpoint_of_an_older_deepmd_kit_is_none_to_resume(tmp_path: Path) -> None:
+    trained(tmp_path, 2)
+    path = tmp_path / "model.ckpt-2.pt"
+    stored = content(path)
+    del stored["mtinfer"]
+    stored["model"]["_extra_state"]["train_infos"]["lr"] = np.float64(0.25)  # as it was written before 2025
+    torch.save(stored, path)
+    with pytest.raises(CheckpointError, match=r"holds no state of a training of mtinfer; use --finetune"):
+        trained(tmp_path / "other", 4, start=Start(resume=path))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_old_checkpoint_that_stays_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OutputError(f"{str(path)!r} can't be removed: Stale file handle")
+
+    monkeypatch.setattr("mtinfer.train.saving._remove", fail)
+    with pytest.warns(UserWarning, match=r"model.ckpt-1.pt' can't be removed: Stale file handle"):
+        trained(tmp_path, 3, save_freq=1, max_ckpt_keep=2)
+    assert (tmp_path / "model.ckpt-3.pt").exists()
 
 
 @pytest.mark.usefixtures("no_pictures")
