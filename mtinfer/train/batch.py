@@ -100,6 +100,11 @@ class Batch:
         )
 
     @property
+    def types(self) -> Tensor:
+        """Type of every atom, shape (n_atoms,), int64."""
+        return self.structure[-1]
+
+    @property
     def n_bytes(self) -> int:
         """Memory of the arrays."""
         return sum(x.numel() * x.element_size() for x in (*self.structure, self.forces))

@@ -76,6 +76,7 @@ class TrainingStep:
     """
 
     def __init__(self, model: EnergyModel, weights: Weights, mode: CompileMode) -> None:
+        self.model = model
         self.trained, self.fixed = weight_names(model)
         self.graph = SharedGraph(
             step_function(model),
@@ -87,30 +88,48 @@ class TrainingStep:
 
     def __call__(self, batch: Batch, labels: Labels, weights: Mapping[str, Tensor]) -> StepResult:
         """Evaluate the loss of `batch` and its gradients."""
-        ordered = [weights[name].detach() for name in (*self.trained, *self.fixed)]
+        ordered = self._ordered(weights)
         loss, energy, forces, virial, *gradients = self.graph((*batch.structure, *labels), ordered)
         return StepResult(loss, energy, forces, virial, dict(zip(self.trained, gradients, strict=True)))
+
+    def without_effect(self, batch: Batch, labels: Labels, weights: Mapping[str, Tensor]) -> frozenset[str]:
+        """Weights that the loss does not depend on, whatever the batch; their gradients are zero.
+
+        Like edge and angle updates in the last layer of DPA-3. Evaluates eagerly.
+        """
+        values = (*batch.structure, *labels, *self._ordered(weights))
+        with torch.enable_grad():
+            loss, _, varied = _loss(self.model, values)
+            gradients = torch.autograd.grad(loss, varied, allow_unused=True)
+        found = zip(self.trained, gradients, strict=True)
+        return frozenset(name for name, gradient in found if gradient is None)
+
+    def _ordered(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        return [weights[name].detach() for name in (*self.trained, *self.fixed)]
 
 
 def step_function(model: EnergyModel):  # type: ignore[no-untyped-def]
     """Return ``function(*structure, *labels, *trained, *fixed) -> (loss, E, F, W, *gradients)``."""
-    trained, fixed = weight_names(model)
-    n_structure = len(arguments(model))
-    n_data = n_structure + len(_LABELS)
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
-        structure, labels = values[:n_structure], Labels(*values[n_structure:n_data])
-        constant = dict(zip(fixed, values[n_data + len(trained) :], strict=True))
-
         with torch.enable_grad():
-            varied = [weight.detach().requires_grad_(True) for weight in values[n_data:][: len(trained)]]
-            weights = dict(zip(trained, varied, strict=True)) | constant
-            predicted = predict(model, structure, weights)
-            loss = total_loss(predicted, labels)
+            loss, predicted, varied = _loss(model, values)
             gradients = torch.autograd.grad(loss, varied, materialize_grads=True)
         return (loss.detach(), *(array.detach() for array in predicted), *gradients)
 
     return function
+
+
+def _loss(model: EnergyModel, values: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor]]:
+    """Loss, predictions, and the trained weights that both can be differentiated by."""
+    trained, fixed = weight_names(model)
+    n_structure = len(arguments(model))
+    n_data = n_structure + len(_LABELS)
+    structure, labels = values[:n_structure], Labels(*values[n_structure:n_data])
+    constant = dict(zip(fixed, values[n_data + len(trained) :], strict=True))
+    varied = [weight.detach().requires_grad_(True) for weight in values[n_data:][: len(trained)]]
+    predicted = predict(model, structure, dict(zip(trained, varied, strict=True)) | constant)
+    return total_loss(predicted, labels), predicted, varied
 
 
 def total_loss(predicted: tuple[Tensor, ...], labels: Labels) -> Tensor:

@@ -28,9 +28,17 @@ from .ranks import Ranks
 from .sampling import Batches, Sampler, System
 from .saving import Keeper, RunState
 from .starting import Start, finetuned, resumed, shifted_bias
-from .statistics import collect
+from .statistics import collect, times_drawn
 from .step import TrainingStep, signature
-from .weights import AllWeights, Owners, initial_weights, set_statistics, trained_labels, trained_names
+from .weights import (
+    AllWeights,
+    Owners,
+    initial_weights,
+    set_statistics,
+    trained_labels,
+    trained_names,
+    weights_of_centers,
+)
 
 __all__ = ["Shown", "Trainer"]
 
@@ -96,6 +104,11 @@ class Trainer:
             }
             for task in plan.tasks
         }
+        #: task -> per type, weights that deepmd-kit leaves as they are where no atom of this type is drawn
+        self._of_centers = {
+            task.name: weights_of_centers(task.model) if plan.dialect == "pt_expt" else []
+            for task in plan.tasks
+        }
         #: "owner/name" -> tensor that the optimizer changes
         self.parameters = self._parameters()
         self.optimizer = self._optimizer()
@@ -105,6 +118,9 @@ class Trainer:
         self._observed = state.observed
         #: false and true, which processes average; made once
         self._flags = torch.tensor([0.0, 1.0], device=self.device).unbind()
+        self._none = torch.zeros(0, device=self.device)
+        #: task -> weights that its loss does not depend on
+        self._without_effect: dict[str, frozenset[str]] = {}
         #: tasks whose neighbours were found to be too many
         self._warned: set[str] = set()
         self._errors = [Errors(*found) for found in state.errors]
@@ -145,15 +161,19 @@ class Trainer:
         for k, task in enumerate(self.plan.tasks):
             found[task.name] = []
             for index, system in enumerate(task.systems):
-                n_batches = min(int(task.config.model["data_stat_nbatch"]), system.n_batches)
-                for chosen in _in_order(system, n_batches):
+                times = times_drawn(system, int(task.config.model["data_stat_nbatch"]), self.plan.dialect)
+                for chosen in _in_order(system, system.n_batches):
+                    if not any(times[i] for i in chosen):
+                        break
                     batch = self._batches(k, index, system, chosen)
                     labels = task.config.loss.labels(batch, 1.0)
                     energy = steps[task.name](batch, labels, weights[task.name]).energy
                     frames = [system.frames[i] for i in chosen]
+                    residuals = zip(chosen, frames, (batch.energy - energy).tolist(), strict=True)
                     found[task.name] += [
-                        (frame, label - float(e))
-                        for frame, label, e in zip(frames, batch.energy.tolist(), energy, strict=True)
+                        (frame, residual)
+                        for i, frame, residual in residuals
+                        for _ in range(times[i])
                         if frame.energy is not None
                     ]
         return found
@@ -256,7 +276,10 @@ class Trainer:
                     )
                     system = task.systems[0]
                     batch = self._batch(k, 0, system, next(_in_order(system, 1)))
-                    step(batch, task.config.loss.labels(batch, 1.0), self.weights[task.name])
+                    values = batch, task.config.loss.labels(batch, 1.0), self.weights[task.name]
+                    step(*values)
+                    found = step.without_effect(*values)
+                    self._without_effect |= {name: found for name, own in self.steps.items() if own is step}
             self.ranks.wait()
 
     def _advance(self, asked: Callable[[], bool]) -> tuple[float, bool]:
@@ -269,8 +292,9 @@ class Trainer:
         result = self.steps[task.name](batch, labels, self.weights[task.name])
         trained = self._trained[task.name]
         stop = self._flags[asked()]
-        mean = self.ranks.mean([result.loss, stop, *(result.gradients[name] for name in trained)])
-        (loss, stopping), gradients = map(float, mean[:2]), mean[2:]
+        own = [result.gradients[name] for name in trained]
+        mean = self.ranks.mean([result.loss, stop, self._n_centers(task, batch), *own])
+        (loss, stopping), n_centers, gradients = map(float, mean[:2]), mean[2], mean[3:]
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss of task {task.name!r} is {loss} at step {self.step + 1} (learning rate "
@@ -279,9 +303,19 @@ class Trainer:
         self.keeper.accept()
         self._thin_out()
         self._errors[k] = self._errors[k] + Errors.of(batch, result.energy, result.forces, result.virial)
-        self._update(dict(zip(trained.values(), gradients, strict=True)), lr)
+        still = self._without_effect[task.name].union(
+            *(self._of_centers[task.name][t] for t in (n_centers == 0.0).nonzero().squeeze(1).tolist())
+        )
+        found = zip(trained.items(), gradients, strict=True)
+        self._update({label: gradient for (name, label), gradient in found if name not in still}, lr)
         self.step += 1
         return lr, bool(stopping)
+
+    def _n_centers(self, task: Task, batch: Batch) -> Tensor:
+        """Atoms of every type that has weights of its own, shape (n_types,) or (0,)."""
+        if not self._of_centers[task.name]:
+            return self._none
+        return torch.bincount(batch.types, minlength=len(task.model.type_map)).to(torch.float64)
 
     def _batch(self, k: int, index: int, system: System, chosen: tuple[int, ...]) -> Batch:
         """Batch on the device of the run; warns once per task of neighbours that are left out."""

@@ -14,12 +14,21 @@ from ..checkpoint.sharing import is_trainable
 from ..errors import ConfigError
 from ..inputs import ParameterSpec
 from ..models import EnergyModel
-from ..models.hybrid import MEMBERS
+from ..models.energy import Descriptor
+from ..models.hybrid import MEMBERS, Hybrid, member_name
+from ..models.se_e2_a import SeE2A
 from .config import TrainConfig
 from .model_section import Link
 from .statistics import TaskStatistics, environment_weights, merged, parameter_weights, stat_blocks
 
-__all__ = ["Owners", "initial_weights", "set_statistics", "trained_labels", "trained_names"]
+__all__ = [
+    "Owners",
+    "initial_weights",
+    "set_statistics",
+    "trained_labels",
+    "trained_names",
+    "weights_of_centers",
+]
 
 #: head -> canonical name -> tensor; heads that share a weight hold the same tensor
 AllWeights = dict[str, dict[str, Tensor]]
@@ -164,6 +173,22 @@ def trained_names(model: EnergyModel, config: Mapping[str, Any]) -> frozenset[st
         return bool(section["trainable"]) and (bool(norms) or not is_norm)
 
     return frozenset(name for name in model.parameters() if is_trainable(name) and is_free(name))
+
+
+def weights_of_centers(model: EnergyModel) -> list[frozenset[str]]:
+    """Nets of `se_e2_a` that centres of one type alone read, by type; empty where there are none."""
+
+    def of_center(descriptor: Descriptor, t: int) -> set[str]:
+        if isinstance(descriptor, Hybrid):
+            members = enumerate(descriptor.members)
+            return {member_name(i, name) for i, member in members for name in of_center(member, t)}
+        if isinstance(descriptor, SeE2A) and not descriptor.one_sided:
+            nets = (descriptor.network(n * descriptor.n_types + t) for n in range(descriptor.n_types))
+            return {name for net in nets for name in net.parameters()}
+        return set()
+
+    found = [frozenset(of_center(model.descriptor, t)) for t in range(len(model.type_map))]
+    return found if any(found) else []
 
 
 def trained_labels(config: TrainConfig, models: Mapping[str, EnergyModel]) -> list[str]:

@@ -106,6 +106,49 @@ def test_a_compiled_run_has_the_same_bits_when_it_is_resumed(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_weights_without_effect_do_not_decay(tmp_path: Path) -> None:
+    """As in deepmd-kit, where they have no gradient."""
+    given = shared_input("dpa3", fitting=True)
+    given["optimizer"] = {"type": "AdamW", "weight_decay": 0.5}
+    trainer = Trainer(plan_of(given), tmp_path, mode="off")
+    before = {name: weight.clone() for name, weight in trainer.parameters.items()}
+    trainer.run()
+    still = {name for name, weight in trainer.parameters.items() if torch.equal(weight, before[name])}
+    last = DESCRIPTORS["dpa3"]["repflow"]["nlayers"] - 1
+    assert f"clusters/descriptor.repflows.layers.{last}.edge_self_linear.w" in still
+    assert {name.split("/")[1] for name in still} == trainer._without_effect["copper"]
+    updates = trainer.optimizer.state_dict()["state"]
+    assert len(updates) == len(before) - len(still)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("kind", ["se_e2_a", "hybrid"])
+@pytest.mark.parametrize("dialect", ["pt", "pt_expt"])
+def test_nets_of_centers_that_are_not_drawn(tmp_path: Path, dialect: str, kind: str) -> None:
+    """In pt_expt deepmd-kit passes them over, and in pt they move on by their momentum."""
+    given = shared_input("se_e2_a", fitting=True, numb_steps=12)
+    descriptor = {**DESCRIPTORS["se_e2_a"], "type_one_side": False}
+    members = {"type": "hybrid", "list": [DESCRIPTORS["dpa1strip"], descriptor]}
+    given["model"]["shared_dict"]["desc"] = members if kind == "hybrid" else descriptor
+    trainer = Trainer(plan_of(given, dialect=dialect), tmp_path, mode="off")
+    prefix = "descriptor.descrpt_list.1" if kind == "hybrid" else "descriptor"
+    # of the pair of types n and c, by 3 n + c
+    oxygen, copper = (trainer.parameters[f"clusters/{prefix}.embeddings.{k}.layers.0.w"] for k in (1, 8))
+    moved: list[tuple[bool, bool]] = []
+    last = [oxygen.clone(), copper.clone()]
+
+    def tick(step: int) -> None:
+        moved.append((not torch.equal(oxygen, last[0]), not torch.equal(copper, last[1])))
+        last[:] = [oxygen.clone(), copper.clone()]
+
+    trainer.run(tick=tick)
+    if dialect == "pt_expt":
+        assert set(moved) == {(True, False), (False, True)}
+    else:
+        assert moved[-1] == (True, True)
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_averaged_weights_are_written_as_a_checkpoint(tmp_path: Path) -> None:
     trained(tmp_path, 4, enable_ema=True, ema_decay=0.9, save_freq=1)
     name = "fitting_net.nets.0.layers.0.w"
