@@ -41,6 +41,10 @@ def read_frames(paths: Sequence[str | Path], *, type_map: Sequence[str] | None =
             frames += read_deepmd_folder(path, type_map=type_map)
         elif path.is_file():
             frames += read_ase_file(path)
+        elif "#" in path.name:
+            raise DataError(
+                f"{path}: HDF5 files are not supported; give an extxyz file or a deepmd/npy folder"
+            )
         else:
             raise DataError(f"{path}: no such file or folder; give an extxyz file or a deepmd/npy folder")
     if not frames:

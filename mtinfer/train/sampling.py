@@ -61,32 +61,35 @@ def load_systems(config: DataConfig, type_map: Sequence[str], folder: Path) -> l
         A path is missing or unreadable, or a frame has an element that is not in the type map, positions
         that are not finite, or a cell without volume along a periodic axis.
     ConfigError
-        The number of batch sizes is not that of the systems, or no frame is as small as "filter:N" says.
+        The number of batch sizes is not that of the systems that the paths hold, or no frame is as small as
+        "filter:N" says.
     """
-    sizes = config.batch_size
-    if isinstance(sizes, tuple) and len(sizes) != len(config.systems):
-        raise ConfigError(
-            f"{config.where}.batch_size is {list(sizes)}; expected a number, or a list of "
-            f"{len(config.systems)}, one per system"
-        )
-    systems: list[System] = []
-    for k, name in enumerate(config.systems):
+    found: list[list[Frame]] = []
+    for name in config.systems:
         path = Path(name)
         path = path if path.exists() or path.is_absolute() else folder / path
         grouped: dict[str, list[Frame]] = {}
         for frame in read_frames([path], type_map=type_map):
             grouped.setdefault(frame.source, []).append(frame)
-        for frames in grouped.values():
-            size = sizes[k] if isinstance(sizes, tuple) else sizes
-            if isinstance(size, str) and size.startswith("filter:"):
-                frames = [frame for frame in frames if len(frame.atoms) <= int(size.partition(":")[2])]
-            _check_elements(frames, type_map)
-            _check_geometry(frames)
-            if frames:
-                systems.append(System(tuple(frames), _batch_size(size, frames)))
+        found += grouped.values()
+    given = config.batch_size
+    sizes = given if isinstance(given, tuple) else (given,) * len(found)
+    if len(sizes) != len(found):
+        raise ConfigError(
+            f"{config.where}.batch_size is {list(sizes)}; expected a number, or a list of {len(found)}, one "
+            "per system that was found"
+        )
+    systems: list[System] = []
+    for frames, size in zip(found, sizes, strict=True):
+        if isinstance(size, str) and size.startswith("filter:"):
+            frames = [frame for frame in frames if len(frame.atoms) <= int(size.partition(":")[2])]
+        _check_elements(frames, type_map)
+        _check_geometry(frames)
+        if frames:
+            systems.append(System(tuple(frames), _batch_size(size, frames)))
     if not systems:
         raise ConfigError(
-            f"{config.where}.batch_size {sizes!r} leaves no frame of {', '.join(config.systems)}; give a "
+            f"{config.where}.batch_size {given!r} leaves no frame of {', '.join(config.systems)}; give a "
             "larger number"
         )
     return systems

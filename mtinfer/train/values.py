@@ -75,8 +75,8 @@ def _batch_size(value: Any) -> bool:
 def _blocks(value: Any) -> bool:
     if not isinstance(value, str):
         return False
-    block = r";\d+:\d+:\d+\.?\d*([eE]-?\d+)?"
-    return re.fullmatch(rf"prob_uniform|prob_sys_size({block})*", value) is not None
+    block = r"; *\d+:\d+:(\d+\.?\d*|\.\d+)([eE]-?\d+)? *"
+    return re.fullmatch(rf"prob_uniform|prob_sys_size *({block})*", value) is not None
 
 
 def _activation(value: Any) -> bool:

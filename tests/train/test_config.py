@@ -215,6 +215,11 @@ _VALUES: list[tuple[str, Any, str]] = [
         [float("nan"), 1],
         "expected a list of numbers that are not negative",
     ),
+    (
+        _DATA + "training_data/auto_prob",
+        "prob_sys_size;0:1",
+        "is 'prob_sys_size;0:1'; expected prob_uniform or",
+    ),
     (_DATA + "training_data/auto_prob", "prob_x", "is 'prob_x'; expected prob_uniform or prob_sys_size"),
     (_DATA + "training_data/systems", [], "is []; expected a path or a list of paths"),
     (_DATA + "validation_data/numb_btch", -1, "is -1; expected a positive integer"),
@@ -522,7 +527,7 @@ def test_charges_that_no_model_knows_are_found_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
-        ("batch_size", [1, 2, 3], "is [1, 2, 3]; expected a number, or a list of 2, one per system"),
+        ("batch_size", [1, 2, 3], "is [1, 2, 3]; expected a number, or a list of 2, one per system that"),
         ("batch_size", "filter:2", "'filter:2' leaves no frame of "),
         ("sys_probs", [1], "is [1.0]; expected a list of 2, one per system, not all 0"),
     ],

@@ -94,7 +94,20 @@ def test_systems_are_weighted() -> None:
     assert probabilities("prob_sys_size") == pytest.approx([n / sum(n_batches) for n in n_batches])
     assert probabilities("prob_uniform") == [0.5, 0.5]
     assert probabilities("prob_sys_size;0:1:0.2;1:2:0.8") == pytest.approx([0.2, 0.8])
+    assert probabilities("prob_sys_size; 0:1:.2; 1:2:0.8") == pytest.approx([0.2, 0.8])
     assert probabilities("prob_uniform", (3.0, 1.0)) == [0.75, 0.25]
+
+
+def test_a_folder_of_systems_has_a_batch_size_for_each() -> None:
+    content = shared_input("dpa1strip")
+    data = content["training"]["data_dict"]["clusters"]["training_data"]
+    data |= {"systems": str(Path(data["systems"][0]).parent), "batch_size": [1, 2, 3]}
+    systems = plan_of(content).tasks[0].systems
+    assert [(system.batch_size, len(system.frames[0].atoms)) for system in systems] == [
+        (1, 3),
+        (2, 6),
+        (3, 9),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from mtinfer.potential import PredictionWarning
 from mtinfer.train.curves import COLUMNS, CURVE, LearningCurve
 from mtinfer.train.sampling import Batches
 from mtinfer.train.starting import Start
+from mtinfer.train.statistics import times_drawn
 from mtinfer.train.trainer import Trainer
 
 
@@ -515,6 +516,25 @@ def test_fine_tuning_starts_from_a_head(tmp_path: Path) -> None:
         CheckpointError, match=r"clusters.descriptor.axis_neuron was 2, and is 3 in the input"
     ):
         Trainer(plan_of(other), tmp_path, start=start, mode="off")
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("dialect", ["pt", "pt_expt"])
+def test_fine_tuning_counts_frames_as_statistics_do(tmp_path: Path, dialect: str) -> None:
+    given = shared_input("dpa1strip", numb_steps=2)
+    Trainer(plan_of(given, dialect=dialect), tmp_path / "source", mode="off").run()
+    for head in given["model"]["model_dict"].values():
+        head["data_stat_nbatch"] = 3
+    plan = plan_of(given, dialect=dialect)
+    start = Start(finetune=tmp_path / "source" / "model.ckpt.pt", head="copper")
+    trainer = Trainer(plan, tmp_path, start=start, mode="off")
+    found = trainer._residuals(trainer.weights)
+    for task in plan.tasks:
+        frames = [id(frame) for frame, _ in found[task.name]]
+        for system in task.systems:
+            times = times_drawn(system, 3, dialect)
+            assert [frames.count(id(frame)) for frame in system.frames] == times
+    assert any(times != [1] * len(times) for times in [times_drawn(s, 3, "pt_expt") for s in task.systems])
 
 
 @pytest.mark.usefixtures("no_pictures")
