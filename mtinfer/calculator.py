@@ -24,6 +24,7 @@ from .errors import MtinferError, nearest
 from .graph import CompileMode
 from .heads import HeadState
 from .loading import load
+from .models import EnergyModel
 from .neighbors import VerletList
 from .potential import Potential
 
@@ -143,7 +144,8 @@ class MTCalculator(Calculator):
         found = [neighbors.candidates(structure)]
         inputs = self.potential.inputs([structure], found, state, type_dict=self._type_dict)
         prediction = self.potential.predict(inputs, state)[0]
-        self._evaluated = _parameters(structure)  # a copy: arrays in `info` may be changed in place
+        # a copy: arrays in `info` may be changed in place
+        self._evaluated = _parameters(structure, state.model)
         self.results = {
             "energy": prediction.energy,
             "free_energy": prediction.energy,
@@ -166,9 +168,16 @@ class MTCalculator(Calculator):
     def check_state(self, atoms: ase.Atoms, tol: float = 1e-15) -> list[str]:
         """Changes since the last calculation, those of the parameters of a structure included."""
         changes: list[str] = super().check_state(atoms, tol)  # type: ignore[no-untyped-call]
-        if self.atoms is not None and not changes and self._evaluated != _parameters(atoms):
-            changes.append("info")
+        if self.atoms is not None and not changes:
+            changes += ["info"] if self._evaluated != _parameters(atoms, self._state.model) else []
         return changes
+
+    def __copy__(self) -> MTCalculator:
+        """Copy with neighbour lists of its own, which another thread may use."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        copied.results, copied._lists = dict(self.results), {}
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the state of the head, which is the potential's."""
@@ -204,10 +213,14 @@ class MTCalculator(Calculator):
                 )
 
 
-def _parameters(atoms: ase.Atoms) -> dict[str, Any]:
-    """Copy what the potential reads beside atoms."""
-    values = {name: atoms.info.get(name) for name in ("fparam", "charge", "spin")}
-    values["aparam"] = atoms.arrays.get("aparam")
+def _parameters(atoms: ase.Atoms, model: EnergyModel) -> dict[str, Any]:
+    """Copy what a model reads beside atoms."""
+    names = ["fparam"] if model.fitting.numb_fparam else []
+    if model.descriptor.reads_charge_spin:
+        names += ["charge", "spin"]
+    values = {name: atoms.info.get(name) for name in names}
+    if model.fitting.numb_aparam:
+        values["aparam"] = atoms.arrays.get("aparam")
     return {name: _plain(value) for name, value in values.items() if value is not None}
 
 

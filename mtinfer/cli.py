@@ -255,14 +255,14 @@ def _report(
     from .console import print_table
     from .evaluate import parity_plot, score_table, write_csv, write_json, write_predictions
 
-    if output is not None:
-        write_predictions(output, evaluation)
     if json_file is not None:
         write_json(json_file, evaluation, model)
     if csv_file is not None:
         write_csv(csv_file, evaluation.scores)
     if plot is not None:
         parity_plot(plot, evaluation)
+    if output is not None:  # last, since ASE can't write everything that frames hold
+        write_predictions(output, evaluation)
     if evaluation.scores:
         print_table(score_table(evaluation.scores))
     else:

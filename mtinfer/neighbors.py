@@ -89,6 +89,8 @@ def find_candidates(atoms: ase.Atoms, radius: float) -> Candidates:
 
 #: longest and thinnest structure along an axis, in cutoffs; the search fails beyond some 60,000 (vesin 0.6.2)
 _LONGEST, _THINNEST = 20_000, 0.005
+#: lattice vectors from the cell to the farthest atom; the search counts them in 32 bits
+_FARTHEST = 2**30
 
 
 def _check_extent(atoms: ase.Atoms, positions: NDArray[np.float64], radius: float) -> None:
@@ -97,7 +99,15 @@ def _check_extent(atoms: ase.Atoms, positions: NDArray[np.float64], radius: floa
         return
     inverse = np.linalg.inv(_box(atoms))
     heights = 1.0 / np.linalg.norm(inverse, axis=0)
-    occupied = np.ptp(positions @ inverse, axis=0) * heights
+    fractional = positions @ inverse
+    away = np.where(atoms.pbc, np.abs(fractional), 0.0).max(axis=1)
+    if not away.max() < _FARTHEST:
+        index = int(np.argmax(away))
+        raise StructureError(
+            f"atom {index} ({atoms.symbols[index]}) is {away[index]:.3g} lattice vectors away from the cell, "
+            f"at {positions[index].tolist()}: check the step before this structure"
+        )
+    occupied = np.ptp(fractional, axis=0) * heights
     longest = float(np.where(atoms.pbc, heights, occupied).max())
     if longest > _LONGEST * radius:
         raise StructureError(

@@ -288,13 +288,15 @@ class Potential:
             candidates = [find_candidates(structure, first.model.rcut) for structure in structures]
             inputs = self.inputs(structures, candidates, first)
             layouts = self._layouts(inputs, first)
-            described = self._values.describe(layouts, first)
+            with torch.autocast(self.device.type, enabled=False):
+                described = self._values.describe(layouts, first)
             for state in family:
                 for structure in structures:
                     self._types(structure, state)  # warns of elements that this head never saw
                 fparam, aparam, _ = self._parameters(structures, state)
                 own = replace(inputs, fparam=fparam, aparam=aparam)
-                energies[state.name] = self._values.fit(described, own, state).numpy()
+                with torch.autocast(self.device.type, enabled=False):
+                    energies[state.name] = self._values.fit(described, own, state).numpy()
                 if not np.isfinite(energies[state.name]).all():
                     raise StructureError(_not_finite(inputs))
         return energies
@@ -319,10 +321,11 @@ class Potential:
         layouts = self._layouts(inputs, state)
         energies = state.bias[inputs.types]
         gradients = []
-        for layout in layouts:
-            atom_energies, *gradient = self._call(layout, state)
-            energies[layout.atoms] += atom_energies
-            gradients.append(gradient)
+        with torch.autocast(self.device.type, enabled=False):  # of the caller, to half precision
+            for layout in layouts:
+                atom_energies, *gradient = self._call(layout, state)
+                energies[layout.atoms] += atom_energies
+                gradients.append(gradient)
         forces, virials = forces_and_virial(edge_gradients(layouts, gradients, inputs), inputs)
         energies, forces, virials = (x.cpu() for x in (energies, forces, virials))
         if not (torch.isfinite(energies).all() and torch.isfinite(forces).all()):

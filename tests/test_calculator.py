@@ -313,6 +313,45 @@ def test_forces_under_modes_without_gradients(
     np.testing.assert_allclose(atoms.get_forces(), expected, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["dpa3-shared-pt", "dpa1strip-separate-pt"])
+def test_a_callers_autocast_changes_no_bit(name: str) -> None:
+    potential = mtinfer.load(
+        DATA / f"reference/checkpoints/{name}.pt", device="cpu", dtype="float32", compile=False
+    )
+    atoms = water()
+    expected, energies = potential.evaluate(atoms, "water"), potential.energies(atoms, ["water"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, others = potential.evaluate(atoms, "water"), potential.energies(atoms, ["water"])
+    assert got.energy == expected.energy
+    np.testing.assert_array_equal(got.forces, expected.forces)
+    np.testing.assert_array_equal(others["water"], energies["water"])
+
+
+def test_a_copy_has_lists_and_results_of_its_own(potential: Potential) -> None:
+    calculator, atoms = MTCalculator(potential, head="water"), water()
+    atoms.calc = calculator
+    energy = atoms.get_potential_energy()
+    copied = copy.copy(calculator)
+    assert copied.results["energy"] == energy
+    assert copied.potential is potential
+    other = water()
+    other.rattle(0.1, seed=1)
+    other.calc = copied
+    assert other.get_potential_energy() != energy
+    assert calculator.results["energy"] == energy
+    assert calculator._lists[potential.rcut] is not copied._lists[potential.rcut]
+
+
+def test_what_a_head_does_not_read_is_no_change(potential: Potential) -> None:
+    atoms = water()
+    atoms.calc = MTCalculator(potential, head="water")
+    for value in ({"a": np.arange(2)}, object(), 3.0):
+        atoms.info["charge"] = atoms.info["fparam"] = value
+        atoms.get_potential_energy()
+        atoms.info["charge"] = [value]
+        assert atoms.calc.check_state(atoms) == []
+
+
 def test_a_call_that_fails_leaves_no_results(potential: Potential) -> None:
     calculator = MTCalculator(potential, head="water")
     calculator.calculate(water())

@@ -298,6 +298,14 @@ def test_verlet_list_checks_positions() -> None:
             ase.Atoms("O", cell=[[5, 0, 0], [5, 1e-4, 0], [0, 0, 5]], pbc=True),
             "0.0001 Å high.*check its vectors",
         ),
+        (
+            ase.Atoms("OH", [[0, 0, 0], [3e9, 0, 1]], cell=[1, 9, 9], pbc=True),
+            r"atom 1 \(H\) is 3e\+09 lattice vectors away.*check the step before",
+        ),
+        (
+            ase.Atoms("OH", [[0, 1e300, 0], [0, 0, 1]], cell=[9, 9, 9], pbc=True),
+            r"atom 0 \(O\) is 1.11e\+299",
+        ),
     ],
 )
 def test_structures_that_no_search_can_be_made_of(atoms: ase.Atoms, reason: str) -> None:

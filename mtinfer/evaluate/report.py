@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ..data import Frame
+from ..errors import OutputError, first_line
 from ..files import replacing
 from ..inputs import Prediction
 from .metrics import Array, Score
@@ -126,17 +127,23 @@ def write_predictions(path: str | Path, evaluation: Evaluation) -> None:
 
     The predicted energy, forces, stress and virial have the usual keys; the labels of the data are
     ``ref_energy``, ``ref_forces``, ``ref_virial`` and ``ref_stress``, in the same units (eV, eV/Å, eV,
-    eV/Å³). ``head``, ``source`` and ``source_index`` say where a frame comes from.
+    eV/Å³). ``head``, ``source`` and ``source_index`` say where a frame comes from. Entries of ``atoms.info``
+    that extxyz can't hold are left out.
 
     Raises
     ------
     OutputError
-        The file can't be written.
+        The file can't be written, or frames hold what ASE can't write.
     """
     import ase.io
 
     with replacing(path) as partial:
-        ase.io.write(partial, list(_predicted(evaluation)), format="extxyz")
+        try:
+            ase.io.write(partial, list(_predicted(evaluation)), format="extxyz")
+        except (TypeError, ValueError, KeyError, AttributeError) as err:
+            raise OutputError(
+                f"{path}: frames hold what extxyz can't ({first_line(err)}); evaluate them without --output"
+            ) from err
 
 
 def _predicted(evaluation: Evaluation) -> Iterator[Atoms]:
@@ -147,6 +154,7 @@ def _predicted(evaluation: Evaluation) -> Iterator[Atoms]:
 
 def _predicted_atoms(head: str, frame: Frame, prediction: Prediction) -> Atoms:
     atoms = deepcopy(frame.atoms)
+    atoms.info = {key: value for key, value in atoms.info.items() if _is_readable(key, value)}
     # under these keys in info and arrays, ASE writes and reads them as results of a calculator
     atoms.info |= {"head": head, "source": frame.source, "source_index": frame.index}
     atoms.info["energy"] = prediction.energy
@@ -160,6 +168,12 @@ def _predicted_atoms(head: str, frame: Frame, prediction: Prediction) -> Atoms:
         if frame.virial is not None:
             atoms.info |= _virial_info("ref_", frame.virial, atoms)
     return atoms
+
+
+def _is_readable(key: object, value: object) -> bool:
+    """Whether an entry of `info` comes back from extxyz, with the rest of the frame."""
+    is_name = isinstance(key, str) and key not in ("Lattice", "Properties", "pbc")
+    return is_name and not (isinstance(value, str) and "\n" in value)
 
 
 def _virial_info(prefix: str, virial: Array, atoms: Atoms) -> dict[str, Array]:

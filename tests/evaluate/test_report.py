@@ -108,6 +108,31 @@ def test_csv(evaluation: Evaluation, tmp_path: Path) -> None:
     assert rows[-1]["dataset"] == ""
 
 
+def test_predictions_leave_out_what_extxyz_can_not_hold(evaluation: Evaluation, tmp_path: Path) -> None:
+    bad = {5: 1, "note": "a\nb", "Lattice": "x", "Properties": "y", "kept": 3}
+    frames = []
+    for frame in evaluation.frames:
+        atoms = frame.atoms.copy()
+        atoms.info |= bad
+        frames.append(replace(frame, atoms=atoms))
+    write_predictions(tmp_path / "out.xyz", replace(evaluation, frames=frames))
+    for image in ase.io.read(tmp_path / "out.xyz", ":"):
+        assert set(bad) & set(image.info) == {"kept"}
+        assert image.get_forces().shape == (len(image), 3)
+
+
+def test_predictions_that_ase_can_not_write(
+    evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("argument of type 'int' is not iterable")
+
+    monkeypatch.setattr(ase.io, "write", fail)
+    with pytest.raises(OutputError, match=r"out.xyz: frames hold what extxyz can't \(TypeError: argument"):
+        write_predictions(tmp_path / "out.xyz", evaluation)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["out.extxyz", "out.xyz.gz"])
 def test_predictions(evaluation: Evaluation, tmp_path: Path, name: str) -> None:
     write_predictions(tmp_path / name, evaluation)
