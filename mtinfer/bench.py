@@ -36,13 +36,10 @@ class Figures:
     """What one process found for one model, one size."""
 
     model: str
-    engine: str
     #: radial embedding nets evaluated by series
     tabulated: bool
     n_atoms: int
     n_edges: int
-    #: reading the file, s
-    load_s: float
     #: first energy, forces and virial, compilation included, s
     first_call_s: float
     median_ms: float
@@ -61,7 +58,7 @@ class Figures:
         return 1e3 * self.n_atoms / self.median_ms
 
 
-def water(n_atoms: int, seed: int = 0) -> ase.Atoms:
+def water(n_atoms: int) -> ase.Atoms:
     """Water of 1 g/cm³: randomly turned molecules on a slightly disturbed cubic grid, periodic.
 
     Raises
@@ -72,7 +69,7 @@ def water(n_atoms: int, seed: int = 0) -> ase.Atoms:
     n_molecules, rest = divmod(n_atoms, 3)
     if rest or not n_molecules:
         raise MtinferError(f"{n_atoms} atoms of water asked for; give a multiple of 3, such as 192")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     edge = (29.915 * n_molecules) ** (1 / 3)
     per_axis = math.ceil(n_molecules ** (1 / 3) - 1e-9)
     sites = np.stack(np.meshgrid(*[np.arange(per_axis)] * 3, indexing="ij"), -1).reshape(-1, 3)
@@ -181,9 +178,7 @@ def _measure_here(
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         path = _file_of(model, Path(folder))
-        began = time.perf_counter()
         calculator = MTCalculator(path, head=head, device=device, compile="wait", tabulate=tabulate)
-    load_s = time.perf_counter() - began
     atoms = water(n_atoms)
     start = atoms.get_positions()
     rng = np.random.default_rng(0)
@@ -198,11 +193,9 @@ def _measure_here(
     least = roofline(calculator, atoms)
     return Figures(
         model=model,
-        engine="mtinfer",
         tabulated=tabulate,
         n_atoms=n_atoms,
         n_edges=least.n_edges,
-        load_s=load_s,
         first_call_s=seconds[0],
         median_ms=1e3 * statistics.median(seconds[1 + warm_up :]),
         peak_mib=peak,

@@ -59,7 +59,7 @@ class MTCalculator(Calculator):
         as in `mtinfer.load`; only where `model` is a file.
     skin
         Å by which the neighbour search exceeds the cutoff; a new search is made only when atoms may have
-        crossed it. 0 searches at every step.
+        crossed it. 0 searches whenever one has moved.
     type_dict
         as in deepmd-kit's `DP`: symbol -> index into the type map, where that does not hold the symbols of
         the structures.

@@ -1,4 +1,4 @@
-"""Every error that mtinfer raises on purpose. The text is interface: what, got, allowed, next step."""
+"""Errors that mtinfer raises, and warnings. The text is interface: what, got, allowed, next step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "GraphWarning",
     "MtinferError",
     "OutputError",
+    "PredictionWarning",
     "StructureError",
     "TrainingError",
     "UnknownHeadError",
@@ -54,6 +56,14 @@ class TrainingError(MtinferError):
 
 class OutputError(MtinferError):
     """An output can't be written, or exists and must not be replaced."""
+
+
+class GraphWarning(UserWarning):
+    """There is no compiled graph to be had or trusted, and results are eager ones; or it was not stored."""
+
+
+class PredictionWarning(UserWarning):
+    """A prediction that the model was not made for: unseen element, or neighbours beyond `sel`."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

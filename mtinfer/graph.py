@@ -1,4 +1,4 @@
-"""One compiled graph for all heads of an architecture; this and `cpu_code` alone know the compiler.
+"""One compiled graph for all heads of an architecture; this, `cpu_code` and `pieces` know the compiler.
 
 A graph is a function of tensors: data first, then weights. It is traced once with symbolic data axes and
 fixed weight shapes, compiled once, and kept on disk, so that it serves every head, every structure size and
@@ -25,12 +25,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .errors import first_line, user_level
+from .errors import GraphWarning, first_line, user_level
 from .graph_store import GraphStore, cache_directory, graph_key
 from .loaded_graph import LoadedGraph, require_loadable
 from .models.layout import Argument
 
-__all__ = ["Answers", "CompileMode", "GraphWarning", "SharedGraph", "signed", "trace"]
+__all__ = ["Answers", "CompileMode", "SharedGraph", "compile_mode", "signed", "trace"]
 
 #: "off": eager. "stored": a graph that is stored already, else eager. "wait": compiled from the first call
 #: on. "background": a stored graph is used from the first call on; else calls are answered eagerly while one
@@ -71,10 +71,6 @@ def _require_compiler() -> None:
     name = os.environ.get("CXX", usual)
     if shutil.which(name) is None:
         raise FileNotFoundError(f"no C++ compiler {name!r}; install one, or name it in CXX")
-
-
-class GraphWarning(UserWarning):
-    """There is no compiled graph to be had or trusted, and results are eager ones; or it was not stored."""
 
 
 def compile_mode(compile: bool | CompileMode) -> CompileMode:

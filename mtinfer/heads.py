@@ -13,7 +13,7 @@ from torch import Tensor
 from .checkpoint.container import of_file
 from .checkpoint.load import check_weights
 from .checkpoint.records import Checkpoint, HeadRecord
-from .errors import UnsupportedModelError, user_level
+from .errors import PredictionWarning, UnsupportedModelError, user_level
 from .graph import Answers, CompileMode, SharedGraph, signed
 from .models import EnergyModel
 from .models.tabulated import TabulatedDPA1, TabulatedSeE2A, tabulated
@@ -39,11 +39,19 @@ class HeadState:
     default_fparam: Tensor | None
     #: elements of the training data; None where the file does not say
     observed_types: frozenset[str] | None
-    graph: SharedGraph
-    #: the same architecture stage by stage, for what is too large for one call of `graph`
+    #: graphs of the architecture: whole, and stage by stage for what is too large for one call
     stages: StageGraphs
     #: the head as its file has it, where `model` is tabulated: for structures that the series do not cover
     exact: HeadState | None = None
+
+    @property
+    def graph(self) -> SharedGraph:
+        """Graph of the whole model."""
+        return self.stages.whole
+
+    def named(self, group: int) -> dict[str, Tensor]:
+        """Weights of a group by name."""
+        return dict(zip(self.weight_names, self.weights[group], strict=True))
 
 
 class Refused(NamedTuple):
@@ -128,6 +136,7 @@ def _model(record: HeadRecord, checkpoint: Checkpoint) -> EnergyModel:
         warnings.warn(
             f"head {record.name!r} has options that mtinfer does not know and passes over: "
             f"{', '.join(unknown)}; if they change the numbers, those here are wrong",
+            PredictionWarning,
             stacklevel=user_level(),
         )
     with of_file(checkpoint.path):
@@ -187,7 +196,6 @@ def _head_state(
         bias=model.bias(weights),
         default_fparam=None if default_fparam is None else default_fparam.cpu().to(torch.float64),
         observed_types=_observed(record),
-        graph=stages.whole,
         stages=stages,
     )
 

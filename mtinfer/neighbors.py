@@ -161,7 +161,7 @@ class VerletList:
     rcut
         cutoff of the model, Å.
     skin
-        added to the cutoff when searching, Å; 0 searches at every call.
+        added to the cutoff when searching, Å; 0 searches whenever an atom has moved.
     device
         where the candidates are kept.
     """

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .checkpoint.heads import find_head
-from .errors import StructureError, UnsupportedModelError, nearest, user_level
+from .errors import PredictionWarning, StructureError, UnsupportedModelError, nearest, user_level
 from .graph import CompileMode, SharedGraph, compile_mode
 from .heads import HeadState, Refused
 from .inputs import GraphInputs, Prediction
@@ -27,11 +27,7 @@ from .neighbors import Candidates, find_candidates, graph_inputs
 from .parameters import aparam_of, charge_spin_of, fparam_of
 from .value_graphs import ValueGraphs
 
-__all__ = ["Potential", "PredictionWarning", "truncation"]
-
-
-class PredictionWarning(UserWarning):
-    """A prediction that the model was not made for: unseen element, or neighbours beyond `sel`."""
+__all__ = ["Potential", "truncation"]
 
 
 class Potential:
@@ -346,10 +342,9 @@ class Potential:
 
     def _call(self, layout: Layout, state: HeadState) -> tuple[Tensor, ...]:
         """Atomic energies and gradients of a layout: through the graph, or in parts where it is too large."""
-        weights = state.weights[layout.group]
         if not state.model.is_large(layout):
-            return state.graph((*layout.displacements, *layout.tensors), weights)
-        named = dict(zip(state.weight_names, weights, strict=True))
+            return state.graph((*layout.displacements, *layout.tensors), state.weights[layout.group])
+        named = state.named(layout.group)
         return state.model.in_parts(layout.displacements, layout.tensors, named, state.stages)
 
     def _types(

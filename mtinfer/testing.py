@@ -19,13 +19,15 @@ import torch
 from ase.data import chemical_symbols
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import MtinferError, StructureError, UnknownHeadError
+from .errors import MtinferError, PredictionWarning, StructureError, UnknownHeadError
 from .graph import SharedGraph
 from .heads import HeadState
 from .inputs import GraphInputs, Prediction
+from .models.descriptor import InParts
 from .models.layout import Selection
 from .neighbors import find_candidates
-from .potential import Potential, PredictionWarning
+from .potential import Potential
+from .stage_graphs import StageGraphs
 
 __all__ = [
     "CONFORMANCE",
@@ -35,6 +37,7 @@ __all__ = [
     "check_batch",
     "check_compiled_equals_eager",
     "check_conformance",
+    "check_energies",
     "check_errors",
     "check_forces",
     "check_head_swap",
@@ -42,6 +45,7 @@ __all__ = [
     "check_lattice_translation",
     "check_mixed_periodicity",
     "check_no_neighbors",
+    "check_parts",
     "check_permutation",
     "check_rotation",
     "check_single_atom",
@@ -436,13 +440,38 @@ def check_compiled_equals_eager(potential: Potential, head: str) -> None:
     for mode in ("off", "wait"):
         own = SharedGraph(graph.function, graph.signature, graph.arguments, graph.weights, mode)
         inputs = [_inputs(potential, atoms, state) for atoms in structures]
-        # twice: the first answer of a compiled graph is the eager one of its self-check
-        for _ in range(2):
-            results[mode] = [potential.predict(each, replace(state, graph=own))[0] for each in inputs]
+        results[mode] = [
+            potential.predict(each, replace(state, stages=StageGraphs(own)))[0] for each in inputs
+        ]
     if not own.is_compiled:
         raise AssertionError("no compiled graph could be had")
     for atoms, got, expected in zip(structures, results["wait"], results["off"], strict=True):
         _require_same(f"compiled, {len(atoms)} atoms", got, expected, TOLERANCES[precision(state)].compiled)
+
+
+def check_parts(potential: Potential, head: str) -> None:
+    """Models that pass messages give the same layer by layer, as large structures are evaluated."""
+    state = potential.head(head)
+    if not isinstance(state.model.descriptor, InParts):
+        return
+    graph, tolerance = state.graph, TOLERANCES[precision(state)].order
+    eager = StageGraphs(SharedGraph(graph.function, graph.signature, graph.arguments, graph.weights, "off"))
+    for atoms in _sizes(potential, head):
+        layouts, _ = state.model.layouts(_inputs(potential, atoms, state))
+        for layout in layouts:
+            data, weights = (layout.displacements, layout.tensors), state.named(layout.group)
+            parts = state.model.in_parts(*data, weights, eager)
+            whole = state.model.energies_and_gradients(*data, weights)
+            for name, got, expected in zip(("energies", "gradients"), parts, whole, strict=True):
+                _require_close(f"in parts, {len(atoms)} atoms, {name}", got.cpu(), expected.cpu(), tolerance)
+
+
+def check_energies(potential: Potential, head: str) -> None:
+    """`Potential.energies`, which makes no derivatives, gives the energies of `Potential.evaluate`."""
+    state, structures = potential.head(head), _sizes(potential, head)
+    got = potential.energies(structures, [head])[state.name]
+    expected = [prediction.energy for prediction in _evaluate(potential, structures, state)]
+    _require_close("energies without derivatives", got, expected, TOLERANCES[precision(state)].order)
 
 
 def check_errors(potential: Potential, head: str) -> None:
@@ -492,6 +521,8 @@ CONFORMANCE: tuple[Check, ...] = (
     check_mixed_periodicity,
     check_inputs_unmodified,
     check_head_swap,
+    check_parts,
+    check_energies,
     check_errors,
     check_compiled_equals_eager,
 )

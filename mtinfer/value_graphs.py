@@ -72,7 +72,7 @@ class ValueGraphs:
 
         by_group: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for layout in layouts:
-            named = dict(zip(state.weight_names, state.weights[layout.group], strict=True))
+            named = state.named(layout.group)
             if model.is_large(layout):
                 features = model.described_in_parts(layout, named, state.stages).to(torch.float64)
             else:
@@ -102,7 +102,7 @@ class ValueGraphs:
 
         energies = state.bias[inputs.types]
         for own in described:
-            named = dict(zip(state.weight_names, state.weights[own.group], strict=True))
+            named = state.named(own.group)
             weights = {name: named[name] for name in names}
             graph = self._graph(repr(fitting), function, arguments, weights, state)
             fparam = inputs.fparam[inputs.frames[own.atoms]]
@@ -144,5 +144,4 @@ def _same_descriptor(a: HeadState, b: HeadState) -> bool:
 
 
 def _of_descriptor(state: HeadState, group: int) -> dict[str, Tensor]:
-    named = zip(state.weight_names, state.weights[group], strict=True)
-    return {name: w for name, w in named if name.startswith("descriptor.")}
+    return {name: w for name, w in state.named(group).items() if name.startswith("descriptor.")}

@@ -29,9 +29,14 @@ from reference_files import DATA, SE_E2_A, STRIP
 
 import mtinfer
 from mtinfer import MTCalculator, MtinferError, Potential
-from mtinfer.errors import CheckpointError, StructureError, UnknownHeadError, UnsupportedModelError
+from mtinfer.errors import (
+    CheckpointError,
+    PredictionWarning,
+    StructureError,
+    UnknownHeadError,
+    UnsupportedModelError,
+)
 from mtinfer.heads import Refused
-from mtinfer.potential import PredictionWarning
 from mtinfer.random_checkpoint import write_random_checkpoint
 
 

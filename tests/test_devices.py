@@ -15,8 +15,8 @@ from reference_files import COMPILED, DATA, FILES, SE_E2_A, STRIP, WITH_NUMBERS,
 import mtinfer
 from mtinfer import MTCalculator
 from mtinfer.bench import water
+from mtinfer.errors import PredictionWarning
 from mtinfer.neighbors import find_candidates
-from mtinfer.potential import PredictionWarning
 from mtinfer.testing import example_structure
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{PredictionWarning.__module__}.PredictionWarning")

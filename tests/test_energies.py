@@ -11,8 +11,7 @@ import torch
 from reference_files import DATA, SE_E2_A, SHARED, STRIP, expected
 
 import mtinfer
-from mtinfer.errors import StructureError, UnknownHeadError
-from mtinfer.potential import PredictionWarning
+from mtinfer.errors import PredictionWarning, StructureError, UnknownHeadError
 from mtinfer.testing import precision
 
 DPA2 = DATA / "reference/checkpoints/dpa2-separate-pt.pt"

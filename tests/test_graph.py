@@ -36,7 +36,8 @@ from torch import Tensor
 
 import mtinfer
 from mtinfer import MTCalculator, Potential
-from mtinfer.graph import GraphWarning, SharedGraph, _compiler, _stored, trace
+from mtinfer.errors import GraphWarning
+from mtinfer.graph import SharedGraph, _compiler, _stored, trace
 from mtinfer.graph_store import GraphStore, cache_directory, graph_key
 from mtinfer.loaded_graph import LoadedGraph
 from mtinfer.models.layout import Argument
@@ -412,7 +413,7 @@ def test_no_compiler(mode: str, n_calls: int, tmp_path: Path) -> None:
     script = f"""
 import mtinfer, warnings
 from ase import Atoms
-from mtinfer.graph import GraphWarning
+from mtinfer.errors import GraphWarning
 water = Atoms("OH2", [[0, 0, 0], [0, 0.8, 0.6], [0, -0.8, 0.6]])
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always", GraphWarning)

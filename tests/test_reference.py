@@ -14,7 +14,7 @@ import mtinfer
 from mtinfer import Potential, Prediction
 from mtinfer.checkpoint import archive
 from mtinfer.checkpoint.load import read
-from mtinfer.potential import PredictionWarning
+from mtinfer.errors import PredictionWarning
 
 # the structures have elements that some heads never saw, and more neighbours than some models keep
 pytestmark = pytest.mark.filterwarnings(f"ignore::{PredictionWarning.__module__}.PredictionWarning")

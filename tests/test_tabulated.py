@@ -14,11 +14,10 @@ from reference_files import DATA, SE_E2_A, SHARED, STRIP, WITH_NUMBERS, expected
 
 import mtinfer
 from mtinfer import MTCalculator
-from mtinfer.errors import UnsupportedModelError
+from mtinfer.errors import PredictionWarning, UnsupportedModelError
 from mtinfer.inputs import Prediction
 from mtinfer.models.tabulated import CLOSEST, ChebyshevSeries, covers, tabulated
 from mtinfer.neighbors import find_candidates
-from mtinfer.potential import PredictionWarning
 from mtinfer.random_checkpoint import write_random_checkpoint
 from mtinfer.testing import check_conformance, precision
 

@@ -17,6 +17,7 @@ import mtinfer
 from mtinfer import Potential, Prediction, testing
 from mtinfer.checkpoint.load import read
 from mtinfer.errors import StructureError, UnsupportedModelError
+from mtinfer.models import EnergyModel
 from mtinfer.random_checkpoint import write_random_checkpoint
 from mtinfer.testing import (
     CONFORMANCE,
@@ -89,6 +90,7 @@ FAULTS: dict[str, Spoil] = {
     "mixed_periodicity": energy_plus(lambda atoms, k: 1e-5 * (atoms.pbc.sum() in (1, 2))),
     "inputs_unmodified": write_into,
     "head_swap": drifting(),
+    "energies": energy_plus(lambda atoms, k: 1e-5 * (len(atoms) > 1)),
 }
 
 
@@ -107,7 +109,7 @@ def test_check_finds_its_fault(name: str, potential: Potential) -> None:
 
 def test_every_check_has_a_fault() -> None:
     named = {check.__name__.removeprefix("check_") for check in CONFORMANCE}
-    assert named == FAULTS.keys() | {"errors", "compiled_equals_eager"}
+    assert named == FAULTS.keys() | {"parts", "errors", "compiled_equals_eager"}
 
 
 def test_nan_is_no_agreement(potential: Potential) -> None:
@@ -140,6 +142,22 @@ def test_changed_weights_are_found(potential: Potential) -> None:
 
     with pytest.raises(AssertionError, match="changed the weights"):
         check_inputs_unmodified(Spoiled(own, wear), "water")
+
+
+def test_parts_check_finds_its_fault(
+    eager: Callable[..., Potential], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    potential = eager(DATA / "reference/checkpoints/dpa3-shared-pt.pt", "float64")
+    testing.check_parts(potential, "water")
+    right = EnergyModel.in_parts
+
+    def wrong(self: EnergyModel, *values: Any) -> tuple[Any, ...]:
+        energies, gradient = right(self, *values)
+        return energies, gradient + 1e-8
+
+    monkeypatch.setattr(EnergyModel, "in_parts", wrong)
+    with pytest.raises(AssertionError, match="in parts, 6 atoms, gradients: largest deviation 1e-08"):
+        testing.check_parts(potential, "water")
 
 
 def test_compiled_check_finds_its_faults(potential: Potential, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,8 +48,8 @@ class Description:
     heads: tuple[ArchiveHead, ...]
     shared: dict[str, str]
     equal: dict[str, str]
-    #: sha256 of the stored tensors; None in files of early versions
-    digest: str | None
+    #: sha256 of the stored tensors
+    digest: str
 
     def weights(self, stored: Collection[str]) -> dict[str, dict[str, tuple[str, str]]]:
         """Resolve the tables.
@@ -139,7 +139,7 @@ def parse(file: str, metadata: Mapping[str, str], stored: Collection[str]) -> De
         heads=tuple(_parse_head(file, entry) for entry in document.take("heads", list)),
         shared=document.names("shared"),
         equal=document.names("equal"),
-        digest=document.take("digest", str, optional=True),
+        digest=document.take("digest", str),
     )
     _check_tables(file, description, set(stored))
     return description

@@ -1,4 +1,4 @@
-"""Model mathematics: tensors in, tensors out. Nothing here knows of files, ASE or the compiler."""
+"""Model mathematics: tensors in, tensors out. Nothing knows of files, ASE or (but `pieces`) the compiler."""
 
 from .energy import EnergyModel, edge_gradients, forces_and_virial
 

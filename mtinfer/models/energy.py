@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial, reduce
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,53 +13,16 @@ from torch import Tensor
 from ..descriptor_kinds import KINDS, kind_of
 from ..errors import UnsupportedModelError
 from ..inputs import GraphInputs, ParameterSpec
+from .descriptor import Descriptor, DescriptorKind, InParts
 from .fitting import EnergyFitting
 from .gather import Index, segment_sum
 from .hybrid import SINGLE, Hybrid
 from .layers import Weights, required
-from .layout import Argument, Layout, Pairs, Selection
+from .layout import Argument, Layout
 from .stage import Call
 
-
-class Descriptor(Protocol):
-    """What every descriptor offers. It is called on the arguments that `layouts` made."""
-
-    @property
-    def selection(self) -> Selection: ...
-
-    #: one fitting net for all types, or one per centre type (then: one weight group per type)
-    mixed_types: ClassVar[bool]
-
-    #: whether total charge and spin of a structure enter, and those of structures that give none
-    @property
-    def reads_charge_spin(self) -> bool: ...
-    @property
-    def default_chg_spin(self) -> tuple[float, float] | None: ...
-    @property
-    def rcut(self) -> float: ...
-    @property
-    def width(self) -> int: ...
-    def parameters(self) -> dict[str, ParameterSpec]: ...
-    def prepare(self, weights: Weights) -> list[dict[str, Tensor]]: ...
-    def arguments(self) -> tuple[list[Argument], list[Argument]]: ...
-    def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]: ...
-    def __call__(
-        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-@runtime_checkable
-class InParts(Protocol):
-    """What a descriptor offers whose layers pass messages, so that its atoms can't be divided into calls."""
-
-    def is_large(self, layout: Layout) -> bool: ...
-    def in_parts(
-        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights, call: Call
-    ) -> tuple[Tensor, Tensor]: ...
-
-
 #: kind of descriptor -> class
-_DESCRIPTORS: dict[str, Any] = {**SINGLE, "hybrid": Hybrid}
+_DESCRIPTORS: dict[str, DescriptorKind] = {**SINGLE, "hybrid": Hybrid}
 
 
 @dataclass(frozen=True)

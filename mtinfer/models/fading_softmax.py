@@ -16,7 +16,12 @@ SHIFT = 20.0
 
 
 def fading_softmax(logits: Tensor, sel: int, occupancy: Tensor | None) -> Tensor:
-    """Softmax over the last axis.
+    """Softmax over the last axis: exp(l) over a sum D to which all slots of the model contribute.
+
+    Without occupancy, D = Σ exp(l) over the neighbours, and 1 for each empty slot. Where a neighbour has a
+    share c < 1 of a slot (`slot_occupancy`), it contributes c exp(l) + (1 - c) exp(f) (exp(l) - 1) with
+    f = min(l, 0)/c: all of exp(l) for c = 1, and nothing where c and l vanish together at the cutoff. All is
+    divided by exp(peak) against overflow.
 
     Parameters
     ----------

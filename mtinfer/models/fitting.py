@@ -49,9 +49,9 @@ class EnergyFitting:
             raise UnsupportedModelError(f"fitting net of type {kind!r} is not supported; supported is 'ener'")
         if config.get("case_film_embd"):
             raise UnsupportedModelError("fitting net option 'case_film_embd' is not supported")
-        atom_ener = [entry is not None for entry in config.get("atom_ener") or []]
-        n_nets = 1 if mixed_types else n_types
-        vacuum = tuple(atom_ener) if any(atom_ener) and not mixed_types else (any(atom_ener),) * n_nets
+        given = config.get("atom_ener") or []
+        atom_ener = [t < len(given) and given[t] is not None for t in range(n_types)]
+        vacuum = (any(atom_ener),) if mixed_types else tuple(atom_ener)
         default_fparam = config.get("default_fparam")
         return cls(
             n_types=n_types,

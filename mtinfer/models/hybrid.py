@@ -12,6 +12,7 @@ from torch import Tensor
 from ..descriptor_kinds import kind_of
 from ..errors import UnsupportedModelError
 from ..inputs import GraphInputs, ParameterSpec
+from .descriptor import Descriptor, DescriptorKind
 from .dpa1 import DPA1
 from .dpa2 import DPA2
 from .dpa3 import DPA3
@@ -23,7 +24,7 @@ from .se_e2_a import SeE2A
 #: what the names of all members' weights begin with in a file
 MEMBERS = "descriptor.descrpt_list."
 #: kind of descriptor -> class, for all that stand on their own
-SINGLE: dict[str, Any] = {
+SINGLE: dict[str, DescriptorKind] = {
     "se_e2_a": SeE2A,
     "se_atten": DPA1,
     "se_atten_v2": DPA1,
@@ -41,7 +42,7 @@ class Hybrid:
     where the atoms are.
     """
 
-    members: tuple[Any, ...]
+    members: tuple[Descriptor, ...]
     n_types: int
     selection: Selection = field(repr=False)
 
@@ -121,7 +122,7 @@ class Hybrid:
                 group |= {prefix + name.removeprefix("descriptor."): tensor for name, tensor in own.items()}
         return groups
 
-    def _calls(self) -> Iterator[tuple[int, Any, list[int]]]:
+    def _calls(self) -> Iterator[tuple[int, Descriptor, list[int]]]:
         """Position, member, and the centre types that it is called for one by one; [0] for all at once."""
         for i, member in enumerate(self.members):
             by_type = self.mixed_types and not member.mixed_types
@@ -193,7 +194,7 @@ class Hybrid:
         return torch.cat(outputs, dim=1), types
 
 
-def _class(config: Mapping[str, Any]) -> Any:
+def _class(config: Mapping[str, Any]) -> DescriptorKind:
     kind = kind_of(config)
     if kind not in SINGLE:
         raise UnsupportedModelError(
@@ -203,17 +204,17 @@ def _class(config: Mapping[str, Any]) -> Any:
     return SINGLE[kind]
 
 
-def _slots(members: Sequence[Any]) -> int:
+def _slots(members: Sequence[Descriptor]) -> int:
     """Length of the common neighbour list."""
-    sels = [member.selection.sel for member in members]
+    sels = [member.selection.sel or () for member in members]  # never None: members truncate
     if any(member.mixed_types for member in members):
         return int(max(sum(sel) for sel in sels))
     return int(sum(map(max, zip(*sels, strict=True))))
 
 
-def _from_common_list(member: Any, sel: int) -> Selection:
+def _from_common_list(member: Descriptor, sel: int) -> Selection:
     """Selection of a member, cut from the common list, which reaches as far as the longest cutoff."""
-    selection: Selection = member.selection
+    selection = member.selection
     # DPA-2 drops what lies beyond its cutoff; in other members it takes the place of an empty slot
     return replace(
         selection,

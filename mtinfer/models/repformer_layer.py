@@ -172,9 +172,10 @@ class RepformerLayer:
         act = activation(o.activation_function)
         terms: list[Tensor] = []
         inputs: list[Tensor] = []
-        (terms if o.g1_out_mlp else inputs).append(
-            act(keep(g1 @ own["g1_self_mlp.w"] + own["g1_self_mlp.b"])) if o.g1_out_mlp else g1
-        )
+        if o.g1_out_mlp:
+            terms.append(act(keep(g1 @ own["g1_self_mlp.w"] + own["g1_self_mlp.b"])))
+        else:
+            inputs.append(g1)
         # every sum over neighbours of g1_j times something of the edge, in one product
         left = [h2 * (edges.weight * edges.per_moment)]
         if o.update_g1_has_conv:

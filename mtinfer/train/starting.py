@@ -92,7 +92,7 @@ def resumed(path: Path, plan: Plan) -> RunState:
         raise CheckpointError(
             f"{str(path)!r} can't be resumed: it holds no state of a training of mtinfer; use --finetune"
         )
-    if difference := next(_differences(checkpoint, own, content["optimizer"], plan), None):
+    if difference := next(_differences(checkpoint, own, plan), None):
         raise CheckpointError(
             f"{str(path)!r} can't be resumed: {difference}; use the input that it was trained with, or "
             "--finetune"
@@ -123,9 +123,7 @@ def resumed(path: Path, plan: Plan) -> RunState:
     )
 
 
-def _differences(
-    checkpoint: Checkpoint, own: Mapping[str, Any], optimizer: Mapping[str, Any], plan: Plan
-) -> Iterator[str]:
+def _differences(checkpoint: Checkpoint, own: Mapping[str, Any], plan: Plan) -> Iterator[str]:
     """Yield what of a checkpoint is not as the input has it."""
     if own["dialect"] != plan.dialect:
         yield f"its dialect is {own['dialect']}, and --dialect is {plan.dialect}"
@@ -144,13 +142,10 @@ def _differences(
         if own_weight is not None and shared is not None and not torch.equal(own_weight, shared):
             yield f"heads {owners(head, name)!r} and {head!r} share {name!r} in the input only"
     labels = trained_labels(plan.config, plan.models)
-    # the first checkpoints of mtinfer hold no names
-    before = own.get("trained", labels)
-    n_before = len(optimizer["param_groups"][0]["params"])
-    if before != labels or n_before != len(labels):
-        others = sorted({*before} ^ {*labels})
+    if own["trained"] != labels:
+        others = sorted({*own["trained"]} ^ {*labels})
         which = f" ({others[0]!r} in one only)" if others else ""
-        yield f"it trained {n_before} weights, and the input trains {len(labels)}{which}"
+        yield f"it trained {len(own['trained'])} weights, and the input trains {len(labels)}{which}"
 
 
 def _changes(stored: Any, given: Any, where: str) -> Iterator[str]:
@@ -217,9 +212,8 @@ def finetuned(path: Path, head: str | None, plan: Plan, weights: AllWeights) -> 
             own[name] = other[name].to(own[name].dtype).clone()
         if same:
             own["out_bias"] = other["out_bias"].clone()
-        case = _CASE
-        if same and case in own and len(plan.tasks) == 1:  # several tasks must differ in it
-            own[case] = other[case].to(own[case].dtype).clone()
+        if same and _CASE in own and len(plan.tasks) == 1:  # several tasks must differ in it
+            own[_CASE] = other[_CASE].to(own[_CASE].dtype).clone()
     owners = Owners(plan.config.links)
     for name_of_head, own in weights.items():
         for name in own:

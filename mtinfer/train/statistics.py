@@ -246,14 +246,14 @@ def merged(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
-def mean_and_std(moments: Tensor, unseen: float = _UNSEEN) -> tuple[Tensor, Tensor]:
+def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation from (..., 3) sums; the latter is floored."""
     count, total, square = moments.unbind(-1)
     seen = count > 0
     count = torch.where(seen, count, 1.0)
     mean = total / count
     std = torch.sqrt(torch.clamp(square / count - mean * mean, min=0.0)).clamp(min=_FLOOR)
-    return torch.where(seen, mean, 0.0), torch.where(seen, std, unseen)
+    return torch.where(seen, mean, 0.0), torch.where(seen, std, _UNSEEN)
 
 
 def environment_weights(block: Block, moments: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

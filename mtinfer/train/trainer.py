@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OutputError, TrainingError
+from ..errors import OutputError, PredictionWarning, TrainingError
 from ..graph import CompileMode
-from ..potential import PredictionWarning, truncation
+from ..potential import truncation
 from .batch import Batch
 from .curves import CURVE, LearningCurve, picture_name, plot_curve, read_curve
 from .loss import Errors

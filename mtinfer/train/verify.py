@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from ..checkpoint.load import read
 from ..data import Frame
 from ..data.frame import make_frame
-from ..errors import UnknownHeadError, first_line
+from ..errors import PredictionWarning, UnknownHeadError, first_line
 from ..heads import HeadState
 from ..inputs import Prediction
 from ..loading import load
 from ..parameters import aparam_of, charge_spin_of, fparam_of
-from ..potential import Potential, PredictionWarning
+from ..potential import Potential
 from ..testing import precision
 from .batch import make_batch
 from .step import predict

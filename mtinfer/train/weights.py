@@ -14,7 +14,7 @@ from ..checkpoint.sharing import is_trainable
 from ..errors import ConfigError
 from ..inputs import ParameterSpec
 from ..models import EnergyModel
-from ..models.energy import Descriptor
+from ..models.descriptor import Descriptor
 from ..models.hybrid import MEMBERS, Hybrid, member_name
 from ..models.se_e2_a import SeE2A
 from .config import TrainConfig

@@ -116,3 +116,10 @@ def test_default_widths_depend_on_the_dialect(pt: bool, width: int) -> None:
 def test_unsupported_fitting_net(config: dict[str, Any], text: str) -> None:
     with pytest.raises(UnsupportedModelError, match=text):
         fitting(**config)
+
+
+def test_a_short_list_of_atomic_energies_leaves_the_other_types_without() -> None:
+    model = fitting(mixed_types=False, atom_ener=[-1.0])
+    assert model.vacuum == (True, False, False)
+    assert {name.split(".")[2] for name in model.parameters() if ".nets." in name} == {"0", "1", "2"}
+    assert fitting(atom_ener=[None, -1.0]).vacuum == (True,)

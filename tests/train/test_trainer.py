@@ -19,8 +19,7 @@ from tiny_inputs import DESCRIPTORS, SYSTEMS, plan_of, shared_input
 import mtinfer
 from mtinfer.checkpoint.archive import write
 from mtinfer.checkpoint.load import read
-from mtinfer.errors import CheckpointError, OutputError, TrainingError
-from mtinfer.potential import PredictionWarning
+from mtinfer.errors import CheckpointError, OutputError, PredictionWarning, TrainingError
 from mtinfer.train.curves import COLUMNS, CURVE, LearningCurve
 from mtinfer.train.sampling import Batches
 from mtinfer.train.starting import Start
@@ -673,7 +672,6 @@ def shared_fitting(given: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -693,14 +691,10 @@ def shared_fitting(given: dict[str, Any]) -> None:
     ],
 )
 def test_only_the_input_that_was_trained_is_resumed(
-    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str, named: bool
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     trained(tmp_path, 2)
     path = tmp_path / "model.ckpt-2.pt"
-    if not named:  # as in the first checkpoints of mtinfer
-        stored = content(path)
-        del stored["mtinfer"]["trained"]
-        torch.save(stored, path)
     given = shared_input("dpa1strip", numb_steps=4)
     change(given)
     with pytest.raises(CheckpointError) as caught:
