@@ -1,9 +1,9 @@
 """What `mtinfer.graph` changes in the code that Inductor writes for processors (torch 2.13).
 
 No option of Inductor does any of this: its transposed tiles are switched off, since they give wrong numbers;
-exp, sigmoid and tanh are shorter; products are written out, since MKL is slow in small ones (up to three
-times the time on processors that are not Intel's); so are the operators of `mtinfer.models.gather`, which are
-calls of Python otherwise; indices are not checked.
+vectors are as long as rows need; exp, sigmoid and tanh are shorter; products are written out, since MKL is
+slow in small ones (up to three times the time on processors that are not Intel's); so are the operators of
+`mtinfer.models.gather`, which are calls of Python otherwise; indices are not checked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ import torch._inductor.lowering  # first: what follows imports each other in a c
 from torch._inductor import cpu_vec_isa, ir
 from torch._inductor.codegen.cpp import CppVecOverrides, TilingSelect
 from torch._inductor.codegen.cpp_template import CppTemplate
-from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.codegen.cpp_utils import (
+    DTYPE_TO_CPP,
+    _get_dtype_from_loopbodies,
+    _get_loop_body,
+)
 from torch._inductor.lowering import fallback_handler, index_impl_helper, lowerings
 from torch._inductor.virtualized import V
 
@@ -33,22 +37,31 @@ __all__ = ["cpu_code"]
 @contextlib.contextmanager
 def cpu_code() -> Iterator[None]:
     """Have Inductor's CPU code as described above while this lasts, in this thread alone."""
-    with _without_transposed_tiles(), _with_short_functions(), _with_own_products(), _with_own_operators():
+    with _with_own_tiles(), _with_short_functions(), _with_own_products(), _with_own_operators():
         yield
 
 
 @contextlib.contextmanager
-def _without_transposed_tiles() -> Iterator[None]:
-    """Keep Inductor's CPU code from vectorising over two axes at once.
+def _with_own_tiles() -> Iterator[None]:
+    """Keep Inductor's CPU code from vectorising over two axes at once, and rows from half empty vectors.
 
     Its transposed tiles (`CppTile2DKernel`, torch 2.13) give wrong numbers with dynamic sizes: seen in the
-    forces of DPA-3 and in the second derivative of a softmax. No option switches them off.
+    forces of DPA-3 and in the second derivative of a softmax. No option switches them off. Its vectors of
+    doubles are two of the processor's; where rows leave one of them empty (24 doubles of AVX-512), one is
+    faster.
     """
     select = TilingSelect.select_tiling
 
-    def along_the_last_axis(self: Any, *arguments: Any) -> Any:
-        factors, axes, *rest = select(self, *arguments)
-        return (factors[-1:], axes[-1:], *rest)
+    def along_the_last_axis(self: Any, functions: Any, sizes: Any) -> Any:
+        factors, axes, *rest = select(self, functions, sizes)
+        factors, axes = factors[-1:], axes[-1:]
+        types = _get_dtype_from_loopbodies(_get_loop_body(functions))
+        if factors and types <= {torch.float64, torch.int64} and _has_avx():
+            group, reduced = max(sizes, key=lambda own: len(own[1]))
+            length, half = (*group, *reduced)[axes[0]], factors[0] // 2
+            if V.graph.sizevars.statically_known_equals(length % factors[0], half):
+                factors = [half]
+        return (factors, axes, *rest)
 
     with patch.object(TilingSelect, "select_tiling", _here(along_the_last_axis, select)):
         yield

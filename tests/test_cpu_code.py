@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -192,6 +193,31 @@ def test_rows_by_index(dtype: torch.dtype, normal: Normal) -> None:
         first = torch.arange(n_entries) * (n_rows - 1) // max(1, n_entries - 1)  # to the last row
         require_equal(graph, (normal(n_rows, 5), first, first.flip(0)), [normal(5)])
     assert graph.is_compiled
+
+
+def test_rows_of_any_width(dtype: torch.dtype, normal: Normal, tmp_path: Path) -> None:
+    """Vectors are as long as rows need: 24 doubles are three vectors of AVX-512, not two pairs of them."""
+    widths = (4, 8, 12, 20, 24, 40)
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        index, scale, arrays = values[0], values[-1], values[1:-1]
+        found: list[Tensor] = []
+        for x in arrays:
+            y = torch.tanh(x * scale) + torch.where(x > 0, x, 0.5)
+            found += [y, y.sum(1), y[index] * x.clamp(max=0.3), y.sum(0)]
+        return tuple(found)
+
+    arguments = [Argument(("picked",), torch.int64), *(Argument(("picked", w), dtype) for w in widths)]
+    weights = [torch.tensor([0.7], dtype=dtype)]
+    graph = SharedGraph(function, f"rows {dtype}", arguments, weights, "wait")
+    for n in (1, 7, 300):
+        require_equal(graph, (torch.arange(n).flip(0), *(normal(n, w) for w in widths)), weights)
+    assert graph.is_compiled
+    (stored,) = tmp_path.glob("*.graph")
+    with zipfile.ZipFile(stored) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("kernel.cpp"))
+        code = archive.read(name).decode()
+    assert ("at::vec::Vectorized<double>::loadu" in code) == (dtype == torch.float64)
 
 
 def test_other_threads_compile_as_ever() -> None:
