@@ -63,7 +63,7 @@ class GraphWarning(UserWarning):
 
 
 class PredictionWarning(UserWarning):
-    """A prediction that the model was not made for: unseen element, or neighbours beyond `sel`."""
+    """Numbers that may mean little: an unseen element, neighbours beyond `sel`, an option passed over."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

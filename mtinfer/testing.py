@@ -462,7 +462,8 @@ def check_parts(potential: Potential, head: str) -> None:
             data, weights = (layout.displacements, layout.tensors), state.named(layout.group)
             parts = state.model.in_parts(*data, weights, eager)
             whole = state.model.energies_and_gradients(*data, weights)
-            for name, got, expected in zip(("energies", "gradients"), parts, whole, strict=True):
+            names = ("energies", *(f"gradient {k}" for k in range(len(layout.displacements))))
+            for name, got, expected in zip(names, parts, whole, strict=True):
                 _require_close(f"in parts, {len(atoms)} atoms, {name}", got.cpu(), expected.cpu(), tolerance)
 
 

@@ -255,7 +255,7 @@ def test_warnings_point_at_the_line_of_the_user() -> None:
         assert {warning.filename for warning in caught} == {__file__}
 
 
-@pytest.mark.filterwarnings("ignore:.*never saw Cu.*:mtinfer.potential.PredictionWarning")
+@pytest.mark.filterwarnings("ignore:.*never saw Cu.*:mtinfer.errors.PredictionWarning")
 def test_calculators_share_a_potential(potential: Potential) -> None:
     one, other = MTCalculator(potential, head="water"), MTCalculator(potential, head="copper")
     assert one.potential is other.potential

@@ -217,7 +217,8 @@ def test_rows_of_any_width(dtype: torch.dtype, normal: Normal, tmp_path: Path) -
     with zipfile.ZipFile(stored) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("kernel.cpp"))
         code = archive.read(name).decode()
-    assert ("at::vec::Vectorized<double>::loadu" in code) == (dtype == torch.float64)
+    if cpu_code._has_avx():
+        assert ("at::vec::Vectorized<double>::loadu" in code) == (dtype == torch.float64)
 
 
 def test_other_threads_compile_as_ever() -> None:

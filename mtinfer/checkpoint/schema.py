@@ -132,6 +132,8 @@ def parse(file: str, metadata: Mapping[str, str], stored: Collection[str]) -> De
             f"{file!r} has schema version {version}, this mtinfer reads {SCHEMA_VERSION}; convert the "
             "checkpoint again or upgrade mtinfer"
         )
+    if (digest := document.take("digest", str, optional=True)) is None:
+        raise CheckpointError(f"{file!r} has no checksum of its weights; convert the checkpoint again")
     description = Description(
         dialect=document.take("dialect", str),
         step=document.take("step", int, optional=True),
@@ -139,7 +141,7 @@ def parse(file: str, metadata: Mapping[str, str], stored: Collection[str]) -> De
         heads=tuple(_parse_head(file, entry) for entry in document.take("heads", list)),
         shared=document.names("shared"),
         equal=document.names("equal"),
-        digest=document.take("digest", str),
+        digest=digest,
     )
     _check_tables(file, description, set(stored))
     return description

@@ -41,7 +41,7 @@ def read_frames(paths: Sequence[str | Path], *, type_map: Sequence[str] | None =
             frames += read_deepmd_folder(path, type_map=type_map)
         elif path.is_file():
             frames += read_ase_file(path)
-        elif "#" in path.name:
+        elif "#" in str(path):  # group of a file, as deepmd-kit names it
             raise DataError(
                 f"{path}: HDF5 files are not supported; give an extxyz file or a deepmd/npy folder"
             )

@@ -172,8 +172,10 @@ def _predicted_atoms(head: str, frame: Frame, prediction: Prediction) -> Atoms:
 
 def _is_readable(key: object, value: object) -> bool:
     """Whether an entry of `info` comes back from extxyz, with the rest of the frame."""
-    is_name = isinstance(key, str) and key not in ("Lattice", "Properties", "pbc")
-    return is_name and not (isinstance(value, str) and "\n" in value)
+    if not isinstance(key, str) or not key or "=" in key or key in ("Lattice", "Properties", "pbc"):
+        return False
+    texts = [key, value] if isinstance(value, str) else [key]
+    return all(len(text.splitlines()) <= 1 and not {*text} & {"\\", "\n", "\r"} for text in texts)
 
 
 def _virial_info(prefix: str, virial: Array, atoms: Atoms) -> dict[str, Array]:

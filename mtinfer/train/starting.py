@@ -88,7 +88,7 @@ def resumed(path: Path, plan: Plan) -> RunState:
     converted = file_kind(path) == "safetensors"
     content = {} if converted else load_content(path)
     own = content.get(OWN_ENTRY) if isinstance(content, dict) else None
-    if not isinstance(content, dict) or own is None or "optimizer" not in content:
+    if not isinstance(content, dict) or own is None or "trained" not in own or "optimizer" not in content:
         raise CheckpointError(
             f"{str(path)!r} can't be resumed: it holds no state of a training of mtinfer; use --finetune"
         )

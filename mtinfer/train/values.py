@@ -75,7 +75,7 @@ def _batch_size(value: Any) -> bool:
 def _blocks(value: Any) -> bool:
     if not isinstance(value, str):
         return False
-    block = r"; *\d+:\d+:(\d+\.?\d*|\.\d+)([eE]-?\d+)? *"
+    block = r"; *\d+ *: *\d+ *: *(\d+\.?\d*|\.\d+)([eE][-+]?\d+)? *"
     return re.fullmatch(rf"prob_uniform|prob_sys_size *({block})*", value) is not None
 
 
@@ -211,7 +211,8 @@ VALUES: dict[str, Values] = {
         "a path or a list of paths", lambda x: bool(x) and (NAME.accepts(x) or NAMES.accepts(x))
     ),
     "batch_size": Values(
-        "a positive integer, a list of one per system, 'auto', 'auto:N', 'max:N' or 'filter:N'", _batch_size
+        "a positive integer, a list of one per system that is found, 'auto', 'auto:N', 'max:N' or 'filter:N'",
+        _batch_size,
     ),
     "auto_prob": Values("prob_uniform or prob_sys_size[;start:end:weight]...", _blocks),
 }

@@ -96,7 +96,7 @@ def stored(path: Path) -> dict[str, torch.Tensor]:
     return {key: value for key, value in content.items() if key != "_extra_state"}
 
 
-@pytest.mark.filterwarnings("ignore::mtinfer.potential.PredictionWarning")
+@pytest.mark.filterwarnings("ignore::mtinfer.errors.PredictionWarning")
 @pytest.mark.parametrize("excluded", [[], [[0, 1]]], ids=["all-pairs", "excluded-pairs"])
 @pytest.mark.parametrize("source", OTHER)
 @pytest.mark.parametrize("name", DESCRIPTORS)

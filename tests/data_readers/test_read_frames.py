@@ -52,6 +52,8 @@ def test_frames_know_where_they_come_from(frames_dir: Path) -> None:
 
 
 def test_missing_path_and_nothing_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"all\.hdf5#/water: HDF5 files are not supported"):
+        read_frames([tmp_path / "all.hdf5#/water"])
     with pytest.raises(DataError, match=r"nowhere: no such file or folder; give an extxyz file"):
         read_frames([tmp_path / "nowhere"])
     with pytest.raises(DataError, match=r"no data was named; give at least one"):

@@ -109,7 +109,8 @@ def test_csv(evaluation: Evaluation, tmp_path: Path) -> None:
 
 
 def test_predictions_leave_out_what_extxyz_can_not_hold(evaluation: Evaluation, tmp_path: Path) -> None:
-    bad = {5: 1, "note": "a\nb", "Lattice": "x", "Properties": "y", "kept": 3}
+    bad = {5: 1, "note": "a\nb", "Lattice": "x", "Properties": "y", "": 1, "a\nb": 2, "a=b": 3}
+    bad |= {"path": "C:\\data\\", "line": "a\r", "page": "a\x0cb", "kept": 3, "text": "a b=c, 'd' \"e\""}
     frames = []
     for frame in evaluation.frames:
         atoms = frame.atoms.copy()
@@ -117,7 +118,11 @@ def test_predictions_leave_out_what_extxyz_can_not_hold(evaluation: Evaluation, 
         frames.append(replace(frame, atoms=atoms))
     write_predictions(tmp_path / "out.xyz", replace(evaluation, frames=frames))
     for image in ase.io.read(tmp_path / "out.xyz", ":"):
-        assert set(bad) & set(image.info) == {"kept"}
+        assert {key: image.info[key] for key in set(bad) & set(image.info)} == {
+            "kept": 3,
+            "text": bad["text"],
+        }
+        assert {"head", "source", "source_index"} <= set(image.info)
         assert image.get_forces().shape == (len(image), 3)
 
 

@@ -94,7 +94,7 @@ def test_systems_are_weighted() -> None:
     assert probabilities("prob_sys_size") == pytest.approx([n / sum(n_batches) for n in n_batches])
     assert probabilities("prob_uniform") == [0.5, 0.5]
     assert probabilities("prob_sys_size;0:1:0.2;1:2:0.8") == pytest.approx([0.2, 0.8])
-    assert probabilities("prob_sys_size; 0:1:.2; 1:2:0.8") == pytest.approx([0.2, 0.8])
+    assert probabilities("prob_sys_size; 0:1: .2; 1 : 2:8e-1") == pytest.approx([0.2, 0.8])
     assert probabilities("prob_uniform", (3.0, 1.0)) == [0.75, 0.25]
 
 
