@@ -144,7 +144,7 @@ def test_changed_weights_are_found(potential: Potential) -> None:
         check_inputs_unmodified(Spoiled(own, wear), "water")
 
 
-@pytest.mark.parametrize(("name", "last"), [("dpa2-separate-pt", 1), ("dpa3-shared-pt", 0)])
+@pytest.mark.parametrize(("name", "last"), [("dpa2-separate-pt", 2), ("dpa3-shared-pt", 0)])
 def test_parts_check_finds_its_fault(
     eager: Callable[..., Potential], monkeypatch: pytest.MonkeyPatch, name: str, last: int
 ) -> None:
