@@ -56,10 +56,11 @@ def _with_own_tiles() -> Iterator[None]:
         factors, axes, *rest = select(self, functions, sizes)
         factors, axes = factors[-1:], axes[-1:]
         types = _get_dtype_from_loopbodies(_get_loop_body(functions))
-        if factors and types <= {torch.float64, torch.int64} and _has_avx():
-            group, reduced = max(sizes, key=lambda own: len(own[1]))
-            length, half = (*group, *reduced)[axes[0]], factors[0] // 2
-            if V.graph.sizevars.statically_known_equals(length % factors[0], half):
+        group, reduced = max(sizes, key=lambda own: len(own[1]))
+        lengths = [*group, *reduced]  # none in a loop over nothing, for a number
+        if factors and lengths and types <= {torch.float64, torch.int64} and _has_avx():
+            half = factors[0] // 2
+            if V.graph.sizevars.statically_known_equals(lengths[axes[0]] % factors[0], half):
                 factors = [half]
         return (factors, axes, *rest)
 
