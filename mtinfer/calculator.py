@@ -168,9 +168,9 @@ class MTCalculator(Calculator):
     def check_state(self, atoms: ase.Atoms, tol: float = 1e-15) -> list[str]:
         """Changes since the last calculation, those of the parameters of a structure included."""
         changes: list[str] = super().check_state(atoms, tol)  # type: ignore[no-untyped-call]
-        if self.atoms is not None and not changes:
-            changes += ["info"] if self._evaluated != _parameters(atoms, self._state.model) else []
-        return changes
+        if self.atoms is None or changes:
+            return changes
+        return [] if self._evaluated == _parameters(atoms, self._state.model) else ["info"]
 
     def __copy__(self) -> MTCalculator:
         """Copy with neighbour lists of its own, which another thread may use."""
