@@ -26,6 +26,7 @@ from mtinfer.testing import (
     check_conformance,
     check_forces,
     check_inputs_unmodified,
+    checks,
     example_structure,
 )
 
@@ -181,12 +182,12 @@ def test_compiled_check_finds_its_faults(potential: Potential, monkeypatch: pyte
 def test_conformance_runs_every_check(potential: Potential, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, Potential]] = []
 
-    def recorder(check: testing.Check) -> testing.Check:
+    def recorder(check: checks.Check) -> checks.Check:
         return lambda given, head: seen.append((check.__name__, given))
 
-    checks = tuple(map(recorder, CONFORMANCE))
-    monkeypatch.setattr(testing, "CONFORMANCE", checks)
-    monkeypatch.setattr(testing, "DERIVATIVE_CHECKS", checks[: len(DERIVATIVE_CHECKS)])
+    recorded = tuple(map(recorder, CONFORMANCE))
+    monkeypatch.setattr(checks, "CONFORMANCE", recorded)
+    monkeypatch.setattr(checks, "DERIVATIVE_CHECKS", recorded[: len(DERIVATIVE_CHECKS)])
     float64 = Potential(potential._heads, {}, potential.device)
     check_conformance(potential, "water", float64=float64)
     assert [name for name, _ in seen] == [check.__name__ for check in CONFORMANCE]

@@ -1,199 +1,47 @@
-"""Checks that any head of a potential must pass.
-
-`check_conformance` runs every check of `CONFORMANCE` on one head; each check is also usable by itself. They
-build small structures from the elements of the head, need no reference numbers, and raise `AssertionError`
-with the largest deviation.
-"""
+"""The conformance checks, one function each."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import ase
 import numpy as np
 import torch
 from ase.data import chemical_symbols
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from .errors import MtinferError, PredictionWarning, StructureError, UnknownHeadError
-from .graph import SharedGraph
-from .heads import HeadState
-from .inputs import GraphInputs, Prediction
-from .models.descriptor import InParts
-from .models.layout import Selection
-from .neighbors import find_candidates
-from .potential import Potential
-from .stage_graphs import StageGraphs
-
-__all__ = [
-    "CONFORMANCE",
-    "DERIVATIVE_CHECKS",
-    "TOLERANCES",
-    "Tolerance",
-    "check_batch",
-    "check_compiled_equals_eager",
-    "check_conformance",
-    "check_energies",
-    "check_errors",
-    "check_forces",
-    "check_head_swap",
-    "check_inputs_unmodified",
-    "check_lattice_translation",
-    "check_mixed_periodicity",
-    "check_no_neighbors",
-    "check_parts",
-    "check_permutation",
-    "check_rotation",
-    "check_single_atom",
-    "check_supercell",
-    "check_virial",
-    "example_structure",
-    "precision",
-]
+from ..errors import MtinferError, StructureError, UnknownHeadError
+from ..graph import SharedGraph
+from ..heads import HeadState
+from ..inputs import Prediction
+from ..models.descriptor import InParts
+from ..potential import Potential
+from ..stage_graphs import StageGraphs
+from .deviations import TOLERANCES, require_close, require_same
+from .structures import (
+    any_element,
+    example_structure,
+    inputs_of,
+    precision,
+    structures_of_all_kinds,
+    with_parameters,
+)
 
 Array = NDArray[np.float64]
 Check = Callable[[Potential, str], None]
 
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Largest deviations accepted, relative to the largest number compared where that exceeds 1.
-
-    Energies in eV, forces in eV/Å, virials in eV.
-    """
-
-    #: the same sum in another order
-    order: float
-    #: compiled against eager
-    compiled: float
-    #: analytic against finite differences
-    derivative: float
-
-
-TOLERANCES = {
-    torch.float64: Tolerance(order=1e-10, compiled=1e-10, derivative=1e-7),
-    torch.float32: Tolerance(order=2e-4, compiled=2e-4, derivative=float("nan")),
-}
-
 #: Å and strain, of the five-point stencil; small, since models with random weights bend sharply
 _STEP = 3e-5
-#: Å, from every cutoff of the model to the nearest distance of a pair: some models jump at their cutoffs
-_CLEARANCE = 1e-3
-#: edge of the cell in units of the cutoff; the first one is used at which no neighbour list is truncated
-_CELL_EDGES = (0.8, 1.1, 1.4, 1.8, 2.3)
-_SKEW = np.array([[1.0, 0.0, 0.0], [0.2, 0.95, 0.0], [-0.15, 0.25, 1.05]])
-_CORNERS = np.array(list(itertools.product((0.2, 0.7), repeat=3)))
-
-
-def precision(state: HeadState) -> torch.dtype:
-    """Lowest precision that takes part in the networks of a head: float64 or float32."""
-    dtypes = {weight.dtype for group in state.weights for weight in group}
-    return torch.float32 if torch.float32 in dtypes else torch.float64
-
-
-def example_structure(
-    potential: Potential, head: str, *, pbc: bool | Sequence[bool] = True, n_atoms: int = 6
-) -> ase.Atoms:
-    """Atoms in a skewed cell on which a head is smooth: nothing truncated, no pair near a cutoff.
-
-    Parameters
-    ----------
-    pbc
-        periodic axes; the clearances hold for the fully periodic structure, too.
-    n_atoms
-        at most 8.
-
-    Returns
-    -------
-    ase.Atoms
-        The elements of the training data first, with parameters where the head takes some. The cell is
-        smaller than the cutoff where the neighbour lists of the model allow it.
-    """
-    state = potential.head(head)
-    cutoffs = list(_cutoffs(state.model.descriptor.selection, state.model.rcut))
-    seen = state.observed_types or frozenset()
-    symbols = sorted(state.model.type_map, key=lambda symbol: symbol not in seen)[:3]
-    for edge, seed in itertools.product(_CELL_EDGES, range(4)):
-        random = np.random.default_rng(seed)
-        corners = random.permutation(_CORNERS)[:n_atoms] + random.uniform(-0.09, 0.09, (n_atoms, 3))
-        cell = edge * state.model.rcut * _SKEW
-        names = [symbols[k % len(symbols)] for k in range(n_atoms)]
-        atoms = _with_parameters(ase.Atoms(names, corners @ cell, cell=cell, pbc=True), state)
-        if _is_smooth(potential, state, atoms, cutoffs):
-            atoms.pbc = pbc
-            return atoms
-    raise ValueError(f"no structure of {n_atoms} atoms keeps clear of the cutoffs of head {head!r}")
-
-
-def _cutoffs(selection: Selection, rcut: float) -> Iterator[float]:
-    rcut = selection.rcut or rcut
-    yield rcut
-    for shorter in selection.inner:
-        yield from _cutoffs(shorter, rcut)
-
-
-def _is_smooth(potential: Potential, state: HeadState, atoms: ase.Atoms, cutoffs: Iterable[float]) -> bool:
-    pairs = find_candidates(atoms, state.model.rcut + _CLEARANCE)
-    vectors = pairs.displacements(torch.from_numpy(atoms.positions), torch.from_numpy(atoms.cell.array))
-    distances = torch.linalg.vector_norm(vectors, dim=1)
-    if any(bool((torch.abs(distances - cutoff) < _CLEARANCE).any()) for cutoff in cutoffs):
-        return False
-    n_truncated = state.model.layouts(_inputs(potential, atoms, state))[1]
-    return len(distances) > 0 and n_truncated == 0
-
-
-def _with_parameters(atoms: ase.Atoms, state: HeadState) -> ase.Atoms:
-    """Set the parameters that the head reads."""
-    random = np.random.default_rng(len(atoms))
-    fitting = state.model.fitting
-    if fitting.numb_fparam:
-        atoms.info["fparam"] = random.uniform(-1.0, 1.0, fitting.numb_fparam)
-    if fitting.numb_aparam:
-        atoms.arrays["aparam"] = random.uniform(-1.0, 1.0, (len(atoms), fitting.numb_aparam))
-    atoms.info |= {"charge": 1, "spin": 2}
-    return atoms
-
-
-@contextlib.contextmanager
-def _any_element() -> Iterator[None]:
-    """Elements that the head never saw in training test the mathematics as well as others."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PredictionWarning)
-        yield
-
-
-def _inputs(potential: Potential, atoms: ase.Atoms, state: HeadState) -> GraphInputs:
-    with _any_element():
-        return potential.inputs([atoms], [find_candidates(atoms, state.model.rcut)], state)
 
 
 def _evaluate(
     potential: Potential, structures: Sequence[ase.Atoms], state: HeadState, *, batched: bool = False
 ) -> list[Prediction]:
-    with _any_element():
+    with any_element():
         if batched:
             return potential.evaluate(structures, state.name)
         return [potential.evaluate(atoms, state.name) for atoms in structures]
-
-
-def _require_close(what: str, got: ArrayLike, expected: ArrayLike, tolerance: float) -> None:
-    expected = np.asarray(expected)
-    deviation = float(np.max(np.abs(np.asarray(got) - expected), initial=0.0))
-    allowed = tolerance * max(1.0, float(np.max(np.abs(expected), initial=0.0)))
-    if not deviation <= allowed:
-        raise AssertionError(f"{what}: largest deviation {deviation:.3g}, accepted {allowed:.3g}")
-
-
-def _require_same(what: str, got: Prediction, expected: Prediction, tolerance: float) -> None:
-    """Compare every number of two predictions."""
-    for field in fields(Prediction):
-        value = getattr(expected, field.name)
-        if not isinstance(value, str):
-            _require_close(f"{what}, {field.name}", getattr(got, field.name), value, tolerance)
 
 
 def _five_point(
@@ -232,7 +80,7 @@ def check_forces(potential: Potential, head: str) -> None:
 
         forces = _evaluate(potential, [atoms], state)[0].forces[:3]
         expected = -_five_point(potential, state, moved).reshape(-1, 3)
-        _require_close(f"forces, pbc={pbc}", forces, expected, TOLERANCES[torch.float64].derivative)
+        require_close(f"forces, pbc={pbc}", forces, expected, TOLERANCES[torch.float64].derivative)
 
 
 def check_virial(potential: Potential, head: str) -> None:
@@ -252,7 +100,7 @@ def check_virial(potential: Potential, head: str) -> None:
 
         virial = _evaluate(potential, [atoms], state)[0].virial
         expected = -_five_point(potential, state, strained).reshape(3, 3)
-        _require_close(f"virial, pbc={pbc}", virial, expected, TOLERANCES[torch.float64].derivative)
+        require_close(f"virial, pbc={pbc}", virial, expected, TOLERANCES[torch.float64].derivative)
 
 
 def check_permutation(potential: Potential, head: str) -> None:
@@ -271,7 +119,7 @@ def check_permutation(potential: Potential, head: str) -> None:
     order[[0, first]] = order[[first, 0]]
     original, shuffled = _evaluate(potential, [atoms, atoms[order]], state)
     expected = replace(original, atom_energy=original.atom_energy[order], forces=original.forces[order])
-    _require_same("permutation", shuffled, expected, tolerance)
+    require_same("permutation", shuffled, expected, tolerance)
 
 
 def check_rotation(potential: Potential, head: str) -> None:
@@ -286,7 +134,7 @@ def check_rotation(potential: Potential, head: str) -> None:
         turned.positions = atoms.positions @ turn
         original, got = _evaluate(potential, [atoms, turned], state)
         expected = replace(original, forces=original.forces @ turn, virial=turn.T @ original.virial @ turn)
-        _require_same(f"rotation, pbc={pbc}, det={np.linalg.det(turn):.0f}", got, expected, tolerance)
+        require_same(f"rotation, pbc={pbc}, det={np.linalg.det(turn):.0f}", got, expected, tolerance)
 
 
 def check_lattice_translation(potential: Potential, head: str) -> None:
@@ -301,7 +149,7 @@ def check_lattice_translation(potential: Potential, head: str) -> None:
             multiples = np.random.default_rng(3).integers(-4, 5, (len(atoms), 3))
             moved.positions += multiples @ atoms.cell.array
         original, got = _evaluate(potential, [atoms, moved], state)
-        _require_same(f"lattice translation, pbc={pbc}", got, original, tolerance)
+        require_same(f"lattice translation, pbc={pbc}", got, original, tolerance)
 
 
 def check_supercell(potential: Potential, head: str) -> None:
@@ -317,23 +165,18 @@ def check_supercell(potential: Potential, head: str) -> None:
         forces=np.tile(original.forces, (6, 1)),
         virial=6.0 * original.virial,
     )
-    _require_same("supercell", got, expected, tolerance)
+    require_same("supercell", got, expected, tolerance)
 
 
 def check_batch(potential: Potential, head: str) -> None:
     """Structures of different sizes and periodicity give the same numbers in one batch and one by one."""
     state = potential.head(head)
-    structures = _sizes(potential, head)
+    structures = structures_of_all_kinds(potential, head)
     singles = _evaluate(potential, structures, state)
     batch = _evaluate(potential, structures, state, batched=True)
     for atoms, got, expected in zip(structures, batch, singles, strict=True):
         what = f"batch, {len(atoms)} atoms, pbc={atoms.pbc.tolist()}"
-        _require_same(what, got, expected, TOLERANCES[precision(state)].order)
-
-
-def _sizes(potential: Potential, head: str) -> list[ase.Atoms]:
-    cell, cluster = (example_structure(potential, head, pbc=pbc) for pbc in (True, False))
-    return [cell, cluster[:1], cluster, cell.repeat((1, 2, 1)), cluster[3:5]]
+        require_same(what, got, expected, TOLERANCES[precision(state)].order)
 
 
 def check_single_atom(potential: Potential, head: str) -> None:
@@ -342,7 +185,7 @@ def check_single_atom(potential: Potential, head: str) -> None:
     tolerance = TOLERANCES[precision(state)].order
     edge = state.model.rcut * np.array([[0.6, 0.0, 0.0], [0.1, 3.0, 0.0], [0.0, 0.0, 3.0]])
     symbols = example_structure(potential, head).symbols[:3]
-    alone = [_with_parameters(ase.Atoms([symbol], [[0.3, 0.0, -7.0]]), state) for symbol in symbols]
+    alone = [with_parameters(ase.Atoms([symbol], [[0.3, 0.0, -7.0]]), state) for symbol in symbols]
     elsewhere = [atoms.copy() for atoms in alone]
     chains = [atoms.copy() for atoms in alone]
     for moved, chain in zip(elsewhere, chains, strict=True):
@@ -351,11 +194,11 @@ def check_single_atom(potential: Potential, head: str) -> None:
         chain.pbc = True
     groups = [_evaluate(potential, group, state, batched=True) for group in (alone, elsewhere, chains)]
     for symbol, first, second, chained in zip(symbols, *groups, strict=True):
-        _require_same(f"single {symbol}, moved", second, first, tolerance)
-        _require_close(f"single {symbol}, virial", first.virial, np.zeros((3, 3)), 0.0)
+        require_same(f"single {symbol}, moved", second, first, tolerance)
+        require_close(f"single {symbol}, virial", first.virial, np.zeros((3, 3)), 0.0)
         for prediction in (first, chained):
-            _require_close(f"single {symbol}, forces", prediction.forces, np.zeros((1, 3)), tolerance)
-            _require_close(f"single {symbol}, energy", prediction.energy, prediction.atom_energy[0], 0.0)
+            require_close(f"single {symbol}, forces", prediction.forces, np.zeros((1, 3)), tolerance)
+            require_close(f"single {symbol}, energy", prediction.energy, prediction.atom_energy[0], 0.0)
 
 
 def check_no_neighbors(potential: Potential, head: str) -> None:
@@ -364,14 +207,14 @@ def check_no_neighbors(potential: Potential, head: str) -> None:
     tolerance = TOLERANCES[precision(state)].order
     apart = np.array([[0.0, 0.0, 0.0], [0.0, 1.01 * state.model.rcut, 0.0]])
     symbols = example_structure(potential, head).symbols[:3]
-    pairs = [_with_parameters(ase.Atoms([symbol] * 2, apart), state) for symbol in symbols]
+    pairs = [with_parameters(ase.Atoms([symbol] * 2, apart), state) for symbol in symbols]
     both = _evaluate(potential, pairs, state, batched=True)
     singles = _evaluate(potential, [pair[k : k + 1] for pair in pairs for k in (0, 1)], state, batched=True)
     for k, (symbol, got) in enumerate(zip(symbols, both, strict=True)):
         energies = [single.energy for single in singles[2 * k : 2 * k + 2]]
-        _require_close(f"no neighbours, {symbol}, atom_energy", got.atom_energy, energies, tolerance)
-        _require_close(f"no neighbours, {symbol}, forces", got.forces, np.zeros((2, 3)), 0.0)
-        _require_close(f"no neighbours, {symbol}, virial", got.virial, np.zeros((3, 3)), 0.0)
+        require_close(f"no neighbours, {symbol}, atom_energy", got.atom_energy, energies, tolerance)
+        require_close(f"no neighbours, {symbol}, forces", got.forces, np.zeros((2, 3)), 0.0)
+        require_close(f"no neighbours, {symbol}, virial", got.virial, np.zeros((3, 3)), 0.0)
 
 
 def check_mixed_periodicity(potential: Potential, head: str) -> None:
@@ -393,13 +236,13 @@ def check_mixed_periodicity(potential: Potential, head: str) -> None:
         spaced.pbc = True
         expected, *others = _evaluate(potential, [spaced, atoms, blank], state)
         for what, got in zip(("short", "zero"), others, strict=True):
-            _require_same(f"pbc={pbc}, {what} cell vector off the periodic axes", got, expected, tolerance)
+            require_same(f"pbc={pbc}, {what} cell vector off the periodic axes", got, expected, tolerance)
 
 
 def check_inputs_unmodified(potential: Potential, head: str) -> None:
     """Evaluating changes neither the structures nor the weights."""
     state = potential.head(head)
-    structures = _sizes(potential, head)
+    structures = structures_of_all_kinds(potential, head)
     copies = [atoms.copy() for atoms in structures]
     weights = [weight.clone() for group in state.weights for weight in group]
     _evaluate(potential, structures, state, batched=True)
@@ -427,26 +270,26 @@ def check_head_swap(potential: Potential, head: str) -> None:
     for name in potential.heads:
         other = potential.head(name)
         if set(atoms.symbols) <= set(other.model.type_map):
-            _evaluate(potential, [_with_parameters(atoms.copy(), other)], other)
-        _require_same(f"{head} after {name}", _evaluate(potential, [atoms], state)[0], before, 0.0)
+            _evaluate(potential, [with_parameters(atoms.copy(), other)], other)
+        require_same(f"{head} after {name}", _evaluate(potential, [atoms], state)[0], before, 0.0)
 
 
 def check_compiled_equals_eager(potential: Potential, head: str) -> None:
     """One compiled graph gives what eager evaluation gives, for every number and structures of any size."""
     state = potential.head(head)
-    structures = _sizes(potential, head)
+    structures = structures_of_all_kinds(potential, head)
     results = {}
     graph = state.graph
     for mode in ("off", "wait"):
         own = SharedGraph(graph.function, graph.signature, graph.arguments, graph.weights, mode)
-        inputs = [_inputs(potential, atoms, state) for atoms in structures]
+        inputs = [inputs_of(potential, atoms, state) for atoms in structures]
         results[mode] = [
             potential.predict(each, replace(state, stages=StageGraphs(own)))[0] for each in inputs
         ]
     if not own.is_compiled:
         raise AssertionError("no compiled graph could be had")
     for atoms, got, expected in zip(structures, results["wait"], results["off"], strict=True):
-        _require_same(f"compiled, {len(atoms)} atoms", got, expected, TOLERANCES[precision(state)].compiled)
+        require_same(f"compiled, {len(atoms)} atoms", got, expected, TOLERANCES[precision(state)].compiled)
 
 
 def check_parts(potential: Potential, head: str) -> None:
@@ -456,23 +299,23 @@ def check_parts(potential: Potential, head: str) -> None:
         return
     graph, tolerance = state.graph, TOLERANCES[precision(state)].order
     eager = StageGraphs(SharedGraph(graph.function, graph.signature, graph.arguments, graph.weights, "off"))
-    for atoms in _sizes(potential, head):
-        layouts, _ = state.model.layouts(_inputs(potential, atoms, state))
+    for atoms in structures_of_all_kinds(potential, head):
+        layouts, _ = state.model.layouts(inputs_of(potential, atoms, state))
         for layout in layouts:
             data, weights = (layout.displacements, layout.tensors), state.named(layout.group)
             parts = state.model.in_parts(*data, weights, eager)
             whole = state.model.energies_and_gradients(*data, weights)
             names = ("energies", *(f"gradient {k}" for k in range(len(layout.displacements))))
             for name, got, expected in zip(names, parts, whole, strict=True):
-                _require_close(f"in parts, {len(atoms)} atoms, {name}", got.cpu(), expected.cpu(), tolerance)
+                require_close(f"in parts, {len(atoms)} atoms, {name}", got.cpu(), expected.cpu(), tolerance)
 
 
 def check_energies(potential: Potential, head: str) -> None:
     """`Potential.energies`, which makes no derivatives, gives the energies of `Potential.evaluate`."""
-    state, structures = potential.head(head), _sizes(potential, head)
+    state, structures = potential.head(head), structures_of_all_kinds(potential, head)
     got = potential.energies(structures, [head])[state.name]
     expected = [prediction.energy for prediction in _evaluate(potential, structures, state)]
-    _require_close("energies without derivatives", got, expected, TOLERANCES[precision(state)].order)
+    require_close("energies without derivatives", got, expected, TOLERANCES[precision(state)].order)
 
 
 def check_errors(potential: Potential, head: str) -> None:
