@@ -1,4 +1,4 @@
-"""Large structures of DPA-2 and DPA-3, evaluated stage by stage and part by part."""
+"""Large structures of DPA-2, DPA-3 and hybrids, evaluated stage by stage and part by part."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from mtinfer.testing import precision
 
 #: largest difference of energies, atomic energies, forces and virials
 ACCEPTED = {torch.float64: 1e-9, torch.float32: 2e-4}
-FILES = [path for path in WITH_NUMBERS if path.stem.startswith(("dpa2", "dpa3"))]
+FILES = [path for path in WITH_NUMBERS if path.stem.startswith(("dpa2", "dpa3", "hyb"))]
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{PredictionWarning.__module__}.PredictionWarning")
 
 
 def in_small_parts(monkeypatch: pytest.MonkeyPatch, n_entries: int = 1000) -> None:
-    for name in ("dpa2", "dpa3"):
+    for name in ("dpa2", "dpa3", "hybrid"):
         monkeypatch.setattr(f"mtinfer.models.{name}._LARGE", -1)
         monkeypatch.setattr(f"mtinfer.models.{name}._ENTRIES_OF_PART", n_entries)
 
@@ -57,7 +57,8 @@ def as_declared(graph: SharedGraph, data: Tensors, weights: Tensors) -> Tensors:
     return graph.function(*data, *weights)
 
 
-@pytest.mark.parametrize(("path", "head"), cases(FILES))
+#: all but the head of a hybrid's file that has one of its members for a descriptor
+@pytest.mark.parametrize(("path", "head"), [case for case in cases(FILES) if "steam" not in case.values])
 def test_parts_give_what_one_call_gives(path: Path, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     potential = mtinfer.load(path, device="cpu", compile=False)
     wanted = predictions(potential, path, head)
@@ -116,6 +117,23 @@ def test_compiled_stages_serve_all_heads_and_sizes(name: str, monkeypatch: pytes
     assert len(graphs) == 1
     assert not whole.is_compiled
     assert all(graph.is_compiled for graph in stages)
+
+
+@pytest.mark.parametrize("mode", [False, pytest.param("wait", marks=pytest.mark.slow)])
+def test_members_of_a_hybrid_have_stages(mode: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that are called once per centre type, of which there may be none."""
+    path, head = DATA / "variants/checkpoints/hyb1-pt.pt", "water"
+    structures = [atoms for atoms, _ in expected(path, head)]
+    for atoms in structures:
+        del atoms[atoms.numbers == atoms.numbers.min()]
+    wanted = mtinfer.load(path, device="cpu", compile=False).evaluate(structures, head)
+    in_small_parts(monkeypatch)
+    potential = mtinfer.load(path, device="cpu", compile=mode)
+    require_same(potential, head, potential.evaluate(structures, head), wanted)
+    whole, *stages = potential.graphs
+    assert not whole.is_compiled
+    assert len(stages) == 4  # those of a value and of a derivative, of each member
+    assert all(graph.is_compiled == bool(mode) for graph in stages)
 
 
 def test_a_crystal_may_be_the_first_structure(monkeypatch: pytest.MonkeyPatch) -> None:

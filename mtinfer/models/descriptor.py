@@ -53,7 +53,10 @@ class Descriptor(Protocol):
         """
 
     def arguments(self) -> tuple[list[Argument], list[Argument]]:
-        """Declare the displacement arrays of a call, and its further tensors."""
+        """Declare the displacement arrays of a call, and its further tensors.
+
+        Of single descriptors the first of these are the types of the centres.
+        """
 
     def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]:
         """Make what `arguments` declares from structures.
@@ -104,7 +107,7 @@ class DescriptorKind(Protocol):
 
 @runtime_checkable
 class InParts(Protocol):
-    """What a descriptor offers whose layers pass messages, so that its atoms can't be divided into calls."""
+    """What a descriptor offers whose atoms can't be divided into calls, since its layers pass messages."""
 
     def is_large(self, layout: Layout) -> bool:
         """Whether one call would take too much memory."""

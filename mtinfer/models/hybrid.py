@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,14 +13,15 @@ from torch import Tensor
 from ..descriptor_kinds import kind_of
 from ..errors import UnsupportedModelError
 from ..inputs import GraphInputs, ParameterSpec
-from .descriptor import Descriptor, DescriptorKind
+from .descriptor import Descriptor, DescriptorKind, InParts
 from .dpa1 import DPA1
 from .dpa2 import DPA2
 from .dpa3 import DPA3
 from .gather import Index, segment_sum
 from .layers import Weights, required
-from .layout import Argument, Layout, Pairs, Selection
+from .layout import Argument, Layout, Pairs, Selection, at_once, is_too_much
 from .se_e2_a import SeE2A
+from .stage import Call, Keep, Tensors, joined
 
 #: what the names of all members' weights begin with in a file
 MEMBERS = "descriptor.descrpt_list."
@@ -31,6 +33,24 @@ SINGLE: dict[str, DescriptorKind] = {
     "dpa2": DPA2,
     "dpa3": DPA3,
 }
+
+#: neighbour slots of a member whose centres are independent of each other: most in one call on a CPU, the
+#: bytes that a GPU has in memory for each (an estimate, of attention), and those that are evaluated together
+_LARGE = 50_000
+_MEMORY = 24_000
+_ENTRIES_OF_PART = 6144
+
+
+class MemberCall(NamedTuple):
+    """One evaluation of one member."""
+
+    member: Descriptor
+    #: what the names of its weights begin with
+    prefix: str
+    displacements: Tensors
+    tensors: Tensors
+    #: place of its centres among all atoms; None where they are all atoms, in order
+    places: Index | None
 
 
 @dataclass(frozen=True)
@@ -160,9 +180,7 @@ class Hybrid:
             joined.append(_joined(layouts, atoms))
         return [replace(_joined(joined, atoms), group=0)]
 
-    def __call__(
-        self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, displacements: Tensors, tensors: Tensors, weights: Weights) -> tuple[Tensor, Tensor]:
         """Descriptor of every centre.
 
         Parameters
@@ -175,23 +193,104 @@ class Hybrid:
         -------
         descriptor, shape (n, width), float64, and types, shape (n,)
         """
+
+        def describe(call: MemberCall, own: Weights) -> tuple[Tensor, Tensor]:
+            return call.member(call.displacements, call.tensors, own)
+
+        return self._evaluate(displacements, tensors, weights, describe)
+
+    def is_large(self, layout: Layout) -> bool:
+        """Whether one member's call would take too much memory."""
+        calls = self._divided(layout.displacements, layout.tensors)
+        return any(_is_large(call, layout) for of_member in calls for call in of_member)
+
+    def in_parts(
+        self, displacements: Tensors, tensors: Tensors, weights: Weights, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """Do what `__call__` does, each member stage by stage."""
+        return self._evaluate(displacements, tensors, weights, partial(_in_parts, by=call))
+
+    def _divided(self, displacements: Tensors, tensors: Tensors) -> list[list[MemberCall]]:
+        """Calls of each member."""
         vectors, values = iter(displacements), iter(tensors)
-        outputs, types = [], torch.empty(0, dtype=torch.int64)
+        divided = []
         for i, member, parts in self._calls():
             n_vectors, n_values = (len(own) for own in member.arguments())
-            features = []
+            calls = []
             for c in parts:
                 own_vectors = tuple(next(vectors) for _ in range(n_vectors))
                 own_values = tuple(next(values) for _ in range(n_values))
-                result, of_rows = member(own_vectors, own_values, _renamed(weights, _part(i, c)))
+                places = Index(*(next(values) for _ in Index._fields)) if len(parts) > 1 else None
+                calls.append(MemberCall(member, _part(i, c), own_vectors, own_values, places))
+            divided.append(calls)
+        return divided
+
+    def _evaluate(
+        self,
+        displacements: Tensors,
+        tensors: Tensors,
+        weights: Weights,
+        describe: Callable[[MemberCall, Weights], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        outputs, types = [], torch.empty(0, dtype=torch.int64)
+        for calls in self._divided(displacements, tensors):
+            features = []
+            for call in calls:
+                result, of_rows = describe(call, _renamed(weights, call.prefix))
                 result = result.to(torch.float64)
-                if len(parts) > 1:
-                    result = segment_sum(result, Index(*(next(values) for _ in Index._fields)))
-                else:
+                if call.places is None:
                     types = of_rows
+                else:
+                    result = segment_sum(result, call.places)
                 features.append(result)
             outputs.append(sum(features[1:], features[0]))
         return torch.cat(outputs, dim=1), types
+
+
+@dataclass(frozen=True)
+class Independent:
+    """Stage that evaluates centres of a member which read nothing of other centres."""
+
+    member: Descriptor
+
+    def arguments(self) -> tuple[list[Argument], list[Argument]]:
+        """Those of the member."""
+        return self.member.arguments()
+
+    def outputs(self) -> list[Argument]:
+        """Descriptor of the member."""
+        return [Argument(("atoms", self.member.width))]
+
+    def kept(self) -> list[Argument]:
+        """Nothing."""
+        return []
+
+    def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights, keep: Keep) -> Tensors:
+        """Evaluate on weights as the member's `prepare` makes them."""
+        features, _ = self.member(varied, fixed, weights)
+        return (features.to(torch.float64),)
+
+
+def _is_large(call: MemberCall, layout: Layout) -> bool:
+    if isinstance(call.member, InParts):
+        own = replace(layout, displacements=call.displacements, tensors=call.tensors)
+        return call.member.is_large(own)
+    n_slots = sum(array.shape[0] * array.shape[1] for array in call.displacements)
+    return is_too_much(n_slots, _LARGE, _MEMORY, layout.atoms.device)
+
+
+def _in_parts(call: MemberCall, weights: Weights, by: Call) -> tuple[Tensor, Tensor]:
+    if isinstance(call.member, InParts):
+        return call.member.in_parts(call.displacements, call.tensors, weights, by)
+    types = call.tensors[0]
+    n_slots = max(1, sum(array.shape[1] for array in call.displacements))
+    n_rows = max(1, at_once(_ENTRIES_OF_PART, types.device) // n_slots)
+    varied, fixed = (
+        zip(*(array.split(n_rows) for array in arrays), strict=True)
+        for arrays in (call.displacements, call.tensors)
+    )
+    stage, parts = Independent(call.member), zip(varied, fixed, strict=True)
+    return joined([by(stage, *part, weights)[0] for part in parts]), types
 
 
 def _class(config: Mapping[str, Any]) -> DescriptorKind:
