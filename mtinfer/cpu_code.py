@@ -83,8 +83,16 @@ def _here(own: Callable[..., Any], usual: Callable[..., Any]) -> Callable[..., A
 def _with_own_lowerings(own: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
     # nobody else has operators of this package
     chosen = {op: _here(f, lowerings[op]) if op in lowerings else f for op, f in own.items()}
-    with patch.dict(lowerings, chosen):
+    usual = {op: lowerings.get(op) for op in chosen}
+    lowerings.update(chosen)  # one by one: what other threads register meanwhile stays
+    try:
         yield
+    finally:
+        for op, lowering in usual.items():
+            if lowering is None:
+                del lowerings[op]
+            else:
+                lowerings[op] = lowering
 
 
 #: a function of 2ᵗ with t = x `rate`, for a vector of numbers x, in line: torch's are calls, around which

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +53,7 @@ def check_distinct(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary file beside `path`, which takes its place when the block ends without error.
+    """Give a temporary file in a folder beside `path`; it takes its place when the block ends without error.
 
     Raises
     ------
@@ -61,16 +62,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path).resolve()  # a link stays one
     check_output(path)
-    partial = path.with_name(f".{os.getpid()}.{path.name}")  # same suffix: writers look at it
     try:
-        partial.touch()
-        mode = partial.stat().st_mode  # as the user wants files to be; some writers make theirs private
-        yield partial
-        partial.chmod(mode)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=path.parent) as folder:
+            partial = Path(folder) / path.name
+            partial.touch()
+            mode = partial.stat().st_mode  # as the user wants files to be; some writers make theirs private
+            yield partial
+            partial.chmod(mode)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     except OSError as err:
         raise OutputError(f"{path}: can't be written: {err.strerror or err}; choose another path") from err
-    finally:
-        partial.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,7 +31,7 @@ from .graph_store import GraphStore, cache_directory, graph_key
 from .loaded_graph import LoadedGraph, require_loadable
 from .models.layout import Argument
 
-__all__ = ["Answers", "CompileMode", "SharedGraph", "compile_mode", "signed", "trace"]
+__all__ = ["Compilation", "CompileMode", "SharedGraph", "compile_mode", "signed", "trace"]
 
 #: "off": eager. "stored": a graph that is stored already, else eager. "wait": compiled from the first call
 #: on. "background": a stored graph is used from the first call on; else calls are answered eagerly while one
@@ -59,10 +60,9 @@ _OPTIONS = {
 }
 
 
-@cache
-def _compiler(process: int) -> threading.Lock:
-    """The compiler is no business of two threads at a time; a forked process doesn't inherit a held lock."""
-    return threading.Lock()
+#: process -> its lock: the compiler is no business of two threads at a time, and a forked process, which may
+#: inherit a lock that is held, has one of its own
+_compilers: dict[int, threading.Lock] = {}
 
 
 def _require_compiler() -> None:
@@ -173,10 +173,13 @@ def _say_what_is_waited_for(worker: threading.Thread) -> None:
 
 
 @dataclass
-class Answers:
-    """How many evaluations were asked of a potential, whose graphs share this count."""
+class Compilation:
+    """When the graphs of a potential are compiled, which share this."""
 
-    n: int = 0
+    #: see `CompileMode`
+    mode: CompileMode
+    #: evaluations that were asked of the potential; "background" waits for a few
+    n_answers: int = 0
 
 
 @dataclass
@@ -194,28 +197,27 @@ class SharedGraph:
         declarations of the data.
     weights
         example weights: their shapes and dtypes are part of the architecture.
-    mode
-        see `CompileMode`.
-    answers
-        evaluations of which calls of this graph are parts, "background" waits for a few of them.
+    compilation
+        when it is compiled.
+    n_sums
+        last outputs that are sums of terms of about one and may cancel: compared on that scale at least.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
     signature: str
     arguments: Sequence[Argument]
     weights: Sequence[Tensor]
-    mode: CompileMode
-    answers: Answers = field(default_factory=Answers)
-    #: last outputs that are sums of terms of about one and may cancel: compared on that scale at least
+    compilation: Compilation
     n_sums: int = 0
     #: graphs compiled in this process (loading a stored one does not count)
-    n_compiled: int = 0
-    _compiled: LoadedGraph | None = None
+    n_compiled: int = field(default=0, init=False)
+    _compiled: LoadedGraph | None = field(default=None, init=False)
     #: outputs that were zero in all calls so far and say nothing about the graph; None before the first call
-    _unconfirmed: frozenset[int] | None = None
-    _is_looked_up: bool = False
+    _unconfirmed: frozenset[int] | None = field(default=None, init=False)
+    _is_looked_up: bool = field(default=False, init=False)
+    _is_given_up: bool = field(default=False, init=False)
     #: process -> its thread that compiles, which a forked process has not inherited
-    _workers: dict[int, threading.Thread] = field(default_factory=dict)
+    _workers: dict[int, threading.Thread] = field(default_factory=dict, init=False)
 
     @classmethod
     def of_named(
@@ -224,8 +226,7 @@ class SharedGraph:
         signature: str,
         arguments: Sequence[Argument],
         weights: Mapping[str, Tensor],
-        mode: CompileMode,
-        answers: Answers,
+        compilation: Compilation,
         n_sums: int = 0,
     ) -> SharedGraph:
         """Make the graph of ``function(data, named weights)``; weights are handed over in this order."""
@@ -234,7 +235,7 @@ class SharedGraph:
         def of_all(*values: Tensor) -> tuple[Tensor, ...]:
             return function(values[:n_data], dict(zip(names, values[n_data:], strict=True)))
 
-        return cls(of_all, signature, arguments, list(weights.values()), mode, answers, n_sums)
+        return cls(of_all, signature, arguments, list(weights.values()), compilation, n_sums)
 
     def __post_init__(self) -> None:
         if self.weights[0].device.type == "cpu":
@@ -256,6 +257,11 @@ class SharedGraph:
         return outputs
 
     @property
+    def mode(self) -> CompileMode:
+        """That of its compilation; "off" for good once it was given up."""
+        return "off" if self._is_given_up else self.compilation.mode
+
+    @property
     def is_compiled(self) -> bool:
         """Whether the next call runs compiled code."""
         return self._compiled is not None and self.mode != "off"
@@ -275,7 +281,7 @@ class SharedGraph:
         elif (
             self.mode == "background"
             and os.getpid() not in self._workers
-            and self.answers.n > _ANSWERS_BEFORE_BACKGROUND
+            and self.compilation.n_answers > _ANSWERS_BEFORE_BACKGROUND
         ):
             # the compiler imports it, which Python 3.11 forbids once a process has come to its end
             import concurrent.futures.process  # noqa: F401
@@ -292,8 +298,9 @@ class SharedGraph:
             if compiled is None and self.mode in ("wait", "background"):
                 _require_compiler()  # at once: not after the calls that are eager in any case
             if compiled is None and compile_missing:
-                with _compiler(os.getpid()), store.alone():
+                with _compilers.setdefault(os.getpid(), threading.Lock()), store.alone():
                     if self.mode == "off":
+                        self._workers.pop(os.getpid(), None)  # another may be wanted, later
                         return
                     compiled = self._compiled or _stored(store, device) or self._compile(store)
                     self._compiled = compiled  # for threads that wait for the compiler
@@ -353,7 +360,8 @@ class SharedGraph:
         try:
             outputs = compiled(*data, *weights)
             floors = [_SELF_CHECK_FLOOR] * (len(expected) - self.n_sums) + [1.0] * self.n_sums
-            worst = max(map(_difference, outputs, expected, floors)) / self._tolerance
+            differences = starmap(_difference, zip(outputs, expected, floors, strict=True))
+            worst = max(differences) / self._tolerance
         except Exception as err:
             self._give_up(f"the compiled graph failed ({first_line(err)})")
             return expected
@@ -373,7 +381,7 @@ class SharedGraph:
         return max(_SELF_CHECK_TOLERANCE.get(weight.dtype, 0.0) for weight in self.weights)
 
     def _give_up(self, reason: str) -> None:
-        self.mode, self._compiled = "off", None
+        self._is_given_up, self._compiled = True, None
         text = f"{reason}; evaluating eagerly, which is slower but right"
         warnings.warn(text, GraphWarning, stacklevel=user_level())
 

@@ -14,7 +14,7 @@ from .checkpoint.container import of_file
 from .checkpoint.load import check_weights
 from .checkpoint.records import Checkpoint, HeadRecord
 from .errors import PredictionWarning, UnsupportedModelError, user_level
-from .graph import Answers, CompileMode, SharedGraph, signed
+from .graph import Compilation, CompileMode, SharedGraph, signed
 from .models import EnergyModel
 from .models.tabulated import TabulatedDPA1, TabulatedSeE2A, tabulated
 from .stage_graphs import StageGraphs
@@ -92,12 +92,12 @@ def head_states(
             reasons[name] = str(err)
     faster = _tabulated(checkpoint, models, reasons) if tabulate else {}
     graphs: dict[str, StageGraphs] = {}
-    answers, shared = Answers(), _Shared(device)
+    compilation, shared = Compilation(mode), _Shared(device)
     heads: dict[str, HeadState] = {}
     for name in [name for name in models if name not in reasons]:
-        state = _head_state(checkpoint.heads[name], models[name], shared, mode, graphs, answers)
+        state = _head_state(checkpoint.heads[name], models[name], shared, compilation, graphs)
         if name in faster:
-            series = _head_state(checkpoint.heads[name], faster[name], shared, mode, graphs, answers)
+            series = _head_state(checkpoint.heads[name], faster[name], shared, compilation, graphs)
             state = replace(series, exact=state)
         heads[name] = state
     return heads, {name: Refused(reason, checkpoint.heads[name].aliases) for name, reason in reasons.items()}
@@ -178,15 +178,14 @@ def _head_state(
     record: HeadRecord,
     model: EnergyModel,
     shared: _Shared,
-    mode: CompileMode,
+    compilation: Compilation,
     graphs: dict[str, StageGraphs],
-    answers: Answers,
 ) -> HeadState:
     weights = shared.weights(record)
     groups = shared.groups(model, weights)
     names = tuple(sorted(groups[0]))
     default_fparam = weights.get("fitting_net.default_fparam_tensor")
-    stages = _graphs(model, names, groups[0], mode, graphs, answers)
+    stages = _graphs(model, names, groups[0], compilation, graphs)
     return HeadState(
         name=record.name,
         aliases=record.aliases,
@@ -204,9 +203,8 @@ def _graphs(
     model: EnergyModel,
     names: Sequence[str],
     group: Mapping[str, Tensor],
-    mode: CompileMode,
+    compilation: Compilation,
     graphs: dict[str, StageGraphs],
-    answers: Answers,
 ) -> StageGraphs:
     """Return the graphs of an architecture, made at its first head."""
     weights = {name: group[name] for name in names}
@@ -220,8 +218,7 @@ def _graphs(
                 signature,
                 [*displacements, *tensors],
                 weights,
-                mode,
-                answers,
+                compilation,
             )
         )
     return graphs[signature]

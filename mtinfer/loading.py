@@ -74,7 +74,8 @@ def load(
     checkpoint = read_checkpoint(path)
     if dtype is not None:
         checkpoint = with_precision(checkpoint, _dtype(dtype))
-    heads, refused = head_states(checkpoint, where, mode, tabulate=tabulate)
+    with torch.autocast(where.type, enabled=False):
+        heads, refused = head_states(checkpoint, where, mode, tabulate=tabulate)
     if not heads:
         raise UnsupportedModelError("; ".join(head.reason for head in refused.values()))
     return Potential(heads, refused, where, loads_again=loads_again)

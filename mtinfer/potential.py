@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checkpoint.heads import find_head
 from .errors import PredictionWarning, StructureError, UnsupportedModelError, nearest, user_level
-from .graph import CompileMode, SharedGraph, compile_mode
+from .graph import Compilation, CompileMode, SharedGraph, compile_mode
 from .heads import HeadState, Refused
 from .inputs import GraphInputs, Prediction
 from .models import EnergyModel, edge_gradients, forces_and_virial
@@ -55,7 +55,7 @@ class Potential:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._loads_again is None:
             raise TypeError("only a Potential made by mtinfer.load can be pickled: its file is loaded again")
-        return partial(self._loads_again, compile=self.graphs[0].mode), ()
+        return partial(self._loads_again, compile=self._compilation.mode), ()
 
     def __repr__(self) -> str:
         return f"Potential(heads={self.heads}, device={str(self.device)!r})"
@@ -87,6 +87,11 @@ class Potential:
         return own + self._values.graphs
 
     @property
+    def _compilation(self) -> Compilation:
+        """What all graphs share."""
+        return next(iter(self._heads.values())).graph.compilation
+
+    @property
     def type_map(self) -> tuple[str, ...]:
         """Elements that every head knows, in the order of the first head."""
         first, *others = (state.model.type_map for state in self._heads.values())
@@ -100,13 +105,14 @@ class Potential:
     def compile(self, mode: bool | CompileMode) -> None:
         """Choose when the graphs of all heads are compiled, as `mtinfer.load` has it.
 
+        Those that were given up, which a `GraphWarning` said, stay eager.
+
         Raises
         ------
         ValueError
             There is no such mode.
         """
-        for graph in self.graphs:
-            graph.mode = compile_mode(mode)
+        self._compilation.mode = compile_mode(mode)
 
     def head(self, name: str | None = None) -> HeadState:
         """Find a head by name or alias; None picks the only one of the file, or the one called ``Default``.
@@ -278,7 +284,7 @@ class Potential:
         states = [state.exact or state for state in chosen]
         energies = {state.name: np.zeros(len(structures)) for state in states}
         if states:
-            states[0].graph.answers.n += 1
+            self._compilation.n_answers += 1
         for family in self._values.families(states) if structures else ():
             first = family[0]
             candidates = [find_candidates(structure, first.model.rcut) for structure in structures]
@@ -313,7 +319,7 @@ class Potential:
         """Evaluate a head on prepared inputs, one prediction per structure."""
         if state.exact is not None and not covers(state.model.descriptor, inputs):
             state = state.exact
-        state.graph.answers.n += 1
+        state.graph.compilation.n_answers += 1
         layouts = self._layouts(inputs, state)
         energies = state.bias[inputs.types]
         gradients = []

@@ -143,6 +143,7 @@ struct Product {
     // one product with a long inner axis, as in gradients of weights: sums over parts of it, then over the parts
     void in_parts(const T* left, const T* right, T* result, bool parallel) const {
         const int64_t size = n_rows * n_columns;
+        if (size == 0) return;
         const int64_t most = std::clamp<int64_t>(max_sums / size, 1, 64);
         const int64_t n_parts = std::min(most, (n_inner + long_inner - 1) / long_inner);
         const int64_t length = (n_inner + n_parts - 1) / n_parts;

@@ -74,9 +74,9 @@ class StageGraphs:
             def graph(
                 kind: str, function: Callable[..., Tensors], arguments: list[Argument], n_sums: int = 0
             ) -> SharedGraph:
-                mode, answers = self.whole.mode, self.whole.answers
+                compilation = self.whole.compilation
                 return SharedGraph.of_named(
-                    function, f"{kind} {signature}", arguments, weights, mode, answers, n_sums
+                    function, f"{kind} {signature}", arguments, weights, compilation, n_sums
                 )
 
             data = [*varied, *fixed]

@@ -123,9 +123,8 @@ class ValueGraphs:
     ) -> SharedGraph:
         signature = signed(f"value {architecture}", weights)
         if signature not in self._graphs:
-            mode, answers = state.graph.mode, state.graph.answers
             self._graphs[signature] = SharedGraph.of_named(
-                function, signature, arguments, weights, mode, answers
+                function, signature, arguments, weights, state.graph.compilation
             )
         return self._graphs[signature]
 

@@ -320,13 +320,14 @@ def test_forces_under_modes_without_gradients(
 
 @pytest.mark.parametrize("name", ["dpa3-shared-pt", "dpa1strip-separate-pt"])
 def test_a_callers_autocast_changes_no_bit(name: str) -> None:
-    potential = mtinfer.load(
-        DATA / f"reference/checkpoints/{name}.pt", device="cpu", dtype="float32", compile=False
-    )
-    atoms = water()
+    def load() -> Potential:
+        path = DATA / f"reference/checkpoints/{name}.pt"
+        return mtinfer.load(path, device="cpu", dtype="float32", compile=False)
+
+    atoms, potential = water(), load()
     expected, energies = potential.evaluate(atoms, "water"), potential.energies(atoms, ["water"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, others = potential.evaluate(atoms, "water"), potential.energies(atoms, ["water"])
+        got, others = load().evaluate(atoms, "water"), potential.energies(atoms, ["water"])
     assert got.energy == expected.energy
     np.testing.assert_array_equal(got.forces, expected.forces)
     np.testing.assert_array_equal(others["water"], energies["water"])

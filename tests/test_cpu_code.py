@@ -17,7 +17,7 @@ from torch._inductor.codegen.cpp_utils import CppCSEVariable
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from mtinfer import cpu_code
-from mtinfer.graph import SharedGraph
+from mtinfer.graph import Compilation, SharedGraph
 from mtinfer.models.gather import Index, moment, segment_sum, settled
 from mtinfer.models.layout import Argument
 
@@ -81,7 +81,7 @@ def test_products_of_matrices(dtype: torch.dtype, normal: Normal) -> None:
         return (*plain, *transposed, *with_bias, *of_columns, *left_to_library)
 
     weights = [normal(30, width) for width in WIDTHS]
-    graph = SharedGraph(products, "products", (Argument(("rows", 30), dtype),), weights, "wait")
+    graph = SharedGraph(products, "products", (Argument(("rows", 30), dtype),), weights, Compilation("wait"))
     for n_rows in (8, *ROWS):  # the first call is the self-check
         require_equal(graph, (normal(n_rows, 30),), weights)
     assert graph.is_compiled
@@ -102,7 +102,7 @@ def test_products_with_a_long_inner_axis(dtype: torch.dtype, normal: Normal) -> 
         return x.T @ x, x.T @ (x @ w), x[:, 3:].T @ x.T.contiguous().T, wide.T @ wide, left_to_library
 
     w = normal(30, 20)
-    graph = SharedGraph(products, "long", (Argument(("rows", 30), dtype),), [w], "wait")
+    graph = SharedGraph(products, "long", (Argument(("rows", 30), dtype),), [w], Compilation("wait"))
     # as one part, as five, as many as there are at most: fewer of them for large results
     for n_rows in (8, 0, 1, 2, 1024, 1025, 3000, 20_001):
         require_equal(graph, (normal(n_rows, 30),), [w])
@@ -127,7 +127,7 @@ def test_products_of_batches(dtype: torch.dtype, normal: Normal) -> None:
 
     arguments = (Argument(("batch", "rows", 5), dtype), Argument(("batch", "rows", "columns"), dtype))
     w = normal(5, 9)
-    graph = SharedGraph(products, "batches", arguments, [w], "wait")
+    graph = SharedGraph(products, "batches", arguments, [w], Compilation("wait"))
     for n_batch, n_rows, n_columns in [(3, 8, 5), (0, 4, 4), (1, 2, 3), (2, 3, 1), (5, 17, 30), (40, 31, 27)]:
         require_equal(graph, (normal(n_batch, n_rows, 5), normal(n_batch, n_rows, n_columns)), [w])
     assert graph.is_compiled
@@ -160,7 +160,7 @@ def test_sums(dtype: torch.dtype, normal: Normal) -> None:
         Argument((*entries, 3), dtype),
     ]
     scale = normal(1)
-    graph = SharedGraph(sums, "sums", [*arguments, k, k, n, k, k, m], [scale], "wait")
+    graph = SharedGraph(sums, "sums", [*arguments, k, k, n, k, k, m], [scale], Compilation("wait"))
     generator = torch.Generator().manual_seed(0)
     for n_entries, n_groups, n_rows in [
         (9, 4, 3),
@@ -188,7 +188,9 @@ def test_rows_by_index(dtype: torch.dtype, normal: Normal) -> None:
         return table[first] + table.index_select(0, second), w[second % 2], x[:, first % 5]
 
     index = Argument(("entries",), torch.int64)
-    graph = SharedGraph(rows, "rows", (Argument(("rows", 5), dtype), index, index), [normal(5)], "wait")
+    graph = SharedGraph(
+        rows, "rows", (Argument(("rows", 5), dtype), index, index), [normal(5)], Compilation("wait")
+    )
     for n_entries, n_rows in [(50, 7), (0, 3), (1, 1), (3, 700)]:
         first = torch.arange(n_entries) * (n_rows - 1) // max(1, n_entries - 1)  # to the last row
         require_equal(graph, (normal(n_rows, 5), first, first.flip(0)), [normal(5)])
@@ -209,7 +211,7 @@ def test_rows_of_any_width(dtype: torch.dtype, normal: Normal, tmp_path: Path) -
 
     arguments = [Argument(("picked",), torch.int64), *(Argument(("picked", w), dtype) for w in widths)]
     weights = [torch.tensor([0.7], dtype=dtype)]
-    graph = SharedGraph(function, f"rows {dtype}", arguments, weights, "wait")
+    graph = SharedGraph(function, f"rows {dtype}", arguments, weights, Compilation("wait"))
     for n in (1, 7, 300):
         require_equal(graph, (torch.arange(n).flip(0), *(normal(n, w) for w in widths)), weights)
     assert graph.is_compiled
@@ -239,7 +241,9 @@ def test_functions(dtype: torch.dtype) -> None:
         return torch.exp(one * x), torch.sigmoid(one * x), torch.tanh(one * x)
 
     one = torch.ones(1, dtype=dtype)
-    graph = SharedGraph(functions, f"functions {dtype}", (Argument(("n",), dtype),), [one], "wait")
+    graph = SharedGraph(
+        functions, f"functions {dtype}", (Argument(("n",), dtype),), [one], Compilation("wait")
+    )
     graph((torch.linspace(-1.0, 1.0, 50, dtype=dtype),), [one])
     x = torch.linspace(-1000.0, 1000.0, 100_001, dtype=dtype)
     x = torch.cat([x, 1e-2 * x, 1e-5 * x, torch.tensor([0.0, math.inf, -math.inf], dtype=dtype)])

@@ -37,7 +37,7 @@ from torch import Tensor
 import mtinfer
 from mtinfer import MTCalculator, Potential
 from mtinfer.errors import GraphWarning
-from mtinfer.graph import SharedGraph, _compiler, _stored, trace
+from mtinfer.graph import Compilation, CompileMode, SharedGraph, _compilers, _stored, trace
 from mtinfer.graph_store import GraphStore, cache_directory, graph_key
 from mtinfer.loaded_graph import LoadedGraph
 from mtinfer.models.layout import Argument
@@ -75,9 +75,9 @@ def data(n_points: int = 7, n_picked: int = 4) -> tuple[Tensor, Tensor]:
 
 
 def small_graph(
-    mode: str = "wait", signature: str = "small", function: Callable[..., tuple[Tensor, ...]] = small
+    mode: CompileMode = "wait", signature: str = "small", function: Callable[..., tuple[Tensor, ...]] = small
 ) -> SharedGraph:
-    return SharedGraph(function, signature, ARGUMENTS, [WEIGHTS], mode)
+    return SharedGraph(function, signature, ARGUMENTS, [WEIGHTS], Compilation(mode))
 
 
 def require_eager_numbers(graph: SharedGraph, inputs: Sequence[Tensor], weights: Tensor = WEIGHTS) -> None:
@@ -173,7 +173,7 @@ def scattered(x: Tensor) -> Tensor:
 
 def test_arrays_of_any_strides(store: Path) -> None:
     for example, n_compiled in ((scattered(WEIGHTS), 1), (WEIGHTS, 0)):
-        graph = SharedGraph(small, "small", ARGUMENTS, [example], "wait")
+        graph = SharedGraph(small, "small", ARGUMENTS, [example], Compilation("wait"))
         for _ in range(2):  # the self-check first
             x, rows = data()
             require_eager_numbers(graph, (scattered(x), rows), scattered(WEIGHTS))
@@ -482,7 +482,7 @@ def test_compiler_that_fails(store: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def require_next_answer(graph: SharedGraph, values: tuple[Tensor, ...]) -> None:
     """Evaluate as a potential does: two calls of the graph for every answer."""
-    graph.answers.n += 1
+    graph.compilation.n_answers += 1
     for _ in range(2):
         require_eager_numbers(graph, values)
 
@@ -504,7 +504,7 @@ def test_in_the_background(store: Path) -> None:
 def test_a_stored_graph_is_found_by_a_later_mode(filled_store: Path) -> None:
     graph = small_graph("off")
     require_eager_numbers(graph, data())
-    graph.mode = "stored"
+    graph.compilation.mode = "stored"
     require_eager_numbers(graph, data())
     assert (graph.n_compiled, graph.is_compiled) == (0, True)
 
@@ -543,7 +543,7 @@ def test_background_answers_eagerly_in_the_meantime(store: Path, monkeypatch: py
 
 def test_background_uses_a_stored_graph_at_once(filled_store: Path) -> None:
     graph = small_graph("background")
-    with _compiler(os.getpid()):  # as while another graph is being compiled
+    with _compilers.setdefault(os.getpid(), threading.Lock()):  # as while another graph is being compiled
         require_eager_numbers(graph, data())
     assert (graph.n_compiled, graph.is_compiled) == (0, True)
 
@@ -741,7 +741,7 @@ def test_a_forked_process_compiles_for_itself(filled_store: Path) -> None:
     graph = small_graph("background")
     # as in a child that was forked while its parent was compiling
     graph._is_looked_up, graph._workers = True, {os.getppid(): threading.Thread()}
-    graph.answers.n = 10
+    graph.compilation.n_answers = 10
     require_eager_numbers(graph, data())
     graph.join()
     assert graph.is_compiled
@@ -756,9 +756,25 @@ def test_more_axes_than_anyone_needs() -> None:
 def test_off_stops_a_compiled_graph(filled_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = small_graph()
     require_eager_numbers(graph, data())
-    graph.mode = "off"
+    graph.compilation.mode = "off"
     monkeypatch.setattr(graph, "_compiled", not_a_number)
     require_eager_numbers(graph, data())
+
+
+def test_a_compilation_that_was_called_off_begins_again(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SharedGraph, "_compile", lambda graph, store: small)
+    graph = small_graph("background")
+    graph.compilation.n_answers = 10
+    graph._is_looked_up = True
+    with _compilers.setdefault(os.getpid(), threading.Lock()):  # as while another graph is being compiled
+        require_eager_numbers(graph, data())
+        graph.compilation.mode = "off"
+    graph.join()
+    assert not graph.is_compiled
+    graph.compilation.mode = "background"
+    require_eager_numbers(graph, data())
+    graph.join()
+    assert graph.is_compiled
 
 
 def test_off_never_compiles(store: Path) -> None:

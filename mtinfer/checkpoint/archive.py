@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ def write(
         ),
         shared=shared,
         equal=equal,
-        digest=_digest(tensors),
     )
+    description = replace(description, digest=_digest(description, tensors))
     _save(path, tensors, schema.serialize(description))
     return tuple(record.name for record in records)
 
@@ -126,9 +127,10 @@ def _pack(
     return tensors, shared, equal
 
 
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Checksum of tensors with their names."""
-    digest = hashlib.sha256()
+def _digest(description: schema.Description, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Checksum of a description without its own, and of tensors with their names."""
+    (text,) = schema.serialize(replace(description, digest="")).values()
+    digest = hashlib.sha256(text.encode(errors="surrogatepass"))
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.reshape(-1).numpy().data)
@@ -176,8 +178,8 @@ def read(path: Path) -> Checkpoint:
     metadata, stored = read_safetensors_header(path)
     description = schema.parse(str(path), metadata, stored)
     tensors = _load_tensors(path)
-    if description.digest != _digest(tensors):
-        raise CheckpointError(f"{str(path)!r} is damaged: its weights have another checksum; convert again")
+    if description.digest != _digest(description, tensors):
+        raise CheckpointError(f"{str(path)!r} is damaged: its contents have another checksum; convert again")
     weights = description.weights(stored)
     owned: dict[str, torch.Tensor] = {}
 

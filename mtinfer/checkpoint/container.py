@@ -86,6 +86,18 @@ def of_file(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{str(path)!r}: {err}") from err
 
 
+#: what `zipfile` raises
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    ValueError,  # names and lengths that are none
+)
+
+
 def read_pickle_bytes(path: Path) -> bytes:
     """Read the pickled structure of a file that ``torch.save`` wrote; its tensors are not read.
 
@@ -104,7 +116,7 @@ def read_pickle_bytes(path: Path) -> bytes:
                     f"{CREATED}"
                 )
             return archive.read(inner["data.pkl"])
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as err:
+    except _DAMAGE as err:
         raise CheckpointError(f"{str(path)!r} is truncated or damaged: {err}") from err
 
 
@@ -126,7 +138,7 @@ def check_records(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
             mappable = all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, zlib.error) as err:
+    except _DAMAGE as err:
         raise CheckpointError(f"{str(path)!r} is truncated or damaged: {err}") from err
     if damaged is not None:
         raise CheckpointError(

@@ -149,15 +149,18 @@ def _record(head: HeadEntries[torch.Tensor], dialect: str, own: _PrivateCopies) 
 def _with_fitting_mask(head: HeadEntries[torch.Tensor]) -> dict[str, Any]:
     """Configuration whose fitting net names the types that it leaves out, where they are not the head's own.
 
-    Heads that share a fitting net share its mask, too, and were trained with it; only the file knows.
+    Heads that share a fitting net share its mask, too, and were trained with it; only the file knows. What
+    the configuration says of a mask has no effect upstream.
     """
+    if head.refused is not None:
+        return head.config
+    fitting = {key: value for key, value in head.config["fitting_net"].items() if key != "exclude_types"}
     mask = head.entries.get("atomic_model.fitting_net.emask.type_mask")
-    if mask is None:
-        return head.config
-    excluded = (mask == 0).nonzero().flatten().tolist()
-    if excluded == sorted(head.config.get("atom_exclude_types") or ()):
-        return head.config
-    return {**head.config, "fitting_net": {**head.config["fitting_net"], "exclude_types": excluded}}
+    if mask is not None:
+        excluded = (mask == 0).nonzero().flatten().tolist()
+        if excluded != sorted(head.config.get("atom_exclude_types") or ()):
+            fitting["exclude_types"] = excluded
+    return head.config | {"fitting_net": fitting}
 
 
 def _same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -24,7 +24,10 @@ def with_precision(checkpoint: Checkpoint, dtype: Precision) -> Checkpoint:
     def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name in ALWAYS_FLOAT64:
             return tensor
-        return done.setdefault((tensor.data_ptr(), tensor.shape), tensor.to(DTYPES[dtype]))
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in done:
+            done[key] = tensor.to(DTYPES[dtype])
+        return done[key]
 
     heads = {}
     for head, record in checkpoint.heads.items():

@@ -104,6 +104,7 @@ def _unsettled_sel(config: Config, _: Entries) -> Any:
 FEATURES: tuple[tuple[str, Callable[[Config, Entries], Any]], ...] = (
     ("a spin model", _spin),
     ("a composed model (type {!r})", _composition),
+    ("a data modifier", lambda config, _: config.get("modifier")),
     ("a LoRA adapter", lambda config, _: config.get("lora")),
     ("bridging to a short-range potential (bridging_method {!r})", _bridging),
     ("the descriptor {!r}", _descriptor_type),

@@ -22,7 +22,7 @@ from .heads import check_aliases
 
 __all__ = ["SCHEMA_VERSION", "ArchiveHead", "Description", "parse", "serialize"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 #: the one metadata entry of the file; a single one, because writers do not keep the order of several
 METADATA_KEY = "mtinfer"
 
@@ -48,8 +48,8 @@ class Description:
     heads: tuple[ArchiveHead, ...]
     shared: dict[str, str]
     equal: dict[str, str]
-    #: sha256 of the stored tensors
-    digest: str
+    #: sha256 of the stored tensors and of all of the above
+    digest: str = ""
 
     def weights(self, stored: Collection[str]) -> dict[str, dict[str, tuple[str, str]]]:
         """Resolve the tables.
@@ -132,8 +132,6 @@ def parse(file: str, metadata: Mapping[str, str], stored: Collection[str]) -> De
             f"{file!r} has schema version {version}, this mtinfer reads {SCHEMA_VERSION}; convert the "
             "checkpoint again or upgrade mtinfer"
         )
-    if (digest := document.take("digest", str, optional=True)) is None:
-        raise CheckpointError(f"{file!r} has no checksum of its weights; convert the checkpoint again")
     description = Description(
         dialect=document.take("dialect", str),
         step=document.take("step", int, optional=True),
@@ -141,7 +139,7 @@ def parse(file: str, metadata: Mapping[str, str], stored: Collection[str]) -> De
         heads=tuple(_parse_head(file, entry) for entry in document.take("heads", list)),
         shared=document.names("shared"),
         equal=document.names("equal"),
-        digest=digest,
+        digest=document.take("digest", str),
     )
     _check_tables(file, description, set(stored))
     return description

@@ -30,6 +30,7 @@ from .gather import lookup
 from .layers import (
     Sloped,
     Weights,
+    check_axis_neuron,
     precision,
     required,
     row_sum,
@@ -106,6 +107,8 @@ class DPA1:
         n_types = len(type_map)
         dtype = precision(config.get("precision", "default"))
         neuron = tuple(config.get("neuron", (25, 50, 100)))
+        axis_neuron = int(config.get("axis_neuron", config.get("n_axis_neuron", 16 if pt else 8)))
+        check_axis_neuron(axis_neuron, neuron[-1], "se_atten")
         smooth = bool(config.get("smooth_type_embedding", config.get("smooth_type_embdding", True)))
         sel = required(config, "sel", "se_atten")
         sel = sel if isinstance(sel, int) else sum(sel)
@@ -121,7 +124,7 @@ class DPA1:
                 float(required(config, "rcut_smth", "se_atten")),
                 float(config.get("env_protection", 0.0)),
             ),
-            axis_neuron=int(config.get("axis_neuron", config.get("n_axis_neuron", 16 if pt else 8))),
+            axis_neuron=axis_neuron,
             pair_network=PairNetwork(
                 block,
                 neuron,

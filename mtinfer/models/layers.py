@@ -262,6 +262,12 @@ def check_update_style(style: str, where: str) -> None:
         )
 
 
+def check_axis_neuron(axis_neuron: int, width: int, where: str) -> None:
+    """Raise UnsupportedModelError where more features are to be leading ones than there are."""
+    if axis_neuron > width:
+        raise UnsupportedModelError(f"{where} axis_neuron={axis_neuron} is more than its {width} features")
+
+
 def updated(
     style: str, kind: str, old: Tensor, terms: Sequence[Tensor], weights: Weights, *, first: int = 0
 ) -> Tensor:

@@ -19,7 +19,7 @@ from ..inputs import ParameterSpec
 from .activations import activation
 from .environment import statistics_parameters
 from .gather import Index, gather, settled
-from .layers import Weights, check_update_style, safe_norm, switch, without_prefix
+from .layers import Weights, check_axis_neuron, check_update_style, safe_norm, switch, without_prefix
 from .layout import Argument
 from .repflow_layer import Lists, RepflowLayer, Surroundings
 from .stage import Call, Keep, Nearby, Tensors, joined, pieces
@@ -71,6 +71,13 @@ class RepflowOptions:
         config = {_ALIASES.get(key, key): value for key, value in config.items()}
         options = cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
         check_update_style(options.update_style, "repflow")
+        for width in (options.n_dim, options.e_dim):
+            check_axis_neuron(options.axis_neuron, width, "repflow")
+        for taken, width in zip(options.compressed, (options.n_dim, options.e_dim), strict=True):
+            if options.update_angle and options.a_compress_use_split and taken > width:
+                raise UnsupportedModelError(
+                    f"repflow option a_compress_use_split=true takes {taken} of {width} features"
+                )
         if options.use_dynamic_sel and not options.smooth_edge_update:
             raise UnsupportedModelError("repflow option use_dynamic_sel=true needs smooth_edge_update=true")
         if options.sequential_update and not (

@@ -18,7 +18,7 @@ from ..inputs import ParameterSpec
 from .activations import activation
 from .environment import Environment, statistics, statistics_parameters
 from .fading_softmax import saturated_slots
-from .layers import Weights, check_update_style, required, switch, without_prefix
+from .layers import Weights, check_axis_neuron, check_update_style, required, switch, without_prefix
 from .repformer_layer import RepformerGeometry, RepformerLayer
 from .stage import Call, Nearby, Tensors, joined, pieces
 
@@ -64,7 +64,8 @@ class RepformerOptions:
         Raises
         ------
         UnsupportedModelError
-            If a required key is missing, `update_style` is unknown, or a layer has no input.
+            If a required key is missing, `update_style` is unknown, `axis_neuron` is too large, or a layer
+            has no input.
         """
         given = {
             f.name: required(config, f.name, "repformer") if f.default is MISSING else config[f.name]
@@ -73,6 +74,10 @@ class RepformerOptions:
         }
         options = cls(**given)
         check_update_style(options.update_style, "repformer")
+        if options.update_g1_has_grrg:
+            check_axis_neuron(options.axis_neuron, options.g2_dim, "repformer")
+        if options.update_g1_has_drrd:
+            check_axis_neuron(options.axis_neuron, options.g1_dim, "repformer")
         conv = options.update_g1_has_conv and not options.g1_out_conv
         if options.g1_out_mlp and not (conv or options.update_g1_has_grrg or options.update_g1_has_drrd):
             raise UnsupportedModelError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..inputs import GraphInputs, ParameterSpec
 from .activations import known_activation
 from .environment import Environment, add_to_first_row, invariants, statistics, statistics_parameters
-from .layers import Network, Sloped, Weights, precision, required
+from .layers import Network, Sloped, Weights, check_axis_neuron, precision, required
 from .layout import Argument, Layout, Pairs, Selection, VectorsOnSlots, padded_rows, row_chunks
 from .radial import radial_moment
 
@@ -59,6 +59,9 @@ class SeE2A:
         del graph
         n_types = len(type_map)
         sel = tuple(required(config, "sel", "se_e2_a"))
+        neuron = tuple(config.get("neuron", (25, 50, 100) if pt else (24, 48, 96)))
+        axis_neuron = int(config.get("axis_neuron", config.get("n_axis_neuron", 16 if pt else 8)))
+        check_axis_neuron(axis_neuron, neuron[-1], "se_e2_a")
         return cls(
             n_types=n_types,
             sel=sel,
@@ -67,8 +70,8 @@ class SeE2A:
                 float(required(config, "rcut_smth", "se_e2_a")),
                 float(config.get("env_protection", 0.0)),
             ),
-            neuron=tuple(config.get("neuron", (25, 50, 100) if pt else (24, 48, 96))),
-            axis_neuron=int(config.get("axis_neuron", config.get("n_axis_neuron", 16 if pt else 8))),
+            neuron=neuron,
+            axis_neuron=axis_neuron,
             activation=known_activation(config.get("activation_function", "tanh")),
             resnet_dt=bool(config.get("resnet_dt", False)),
             one_sided=bool(config.get("type_one_side", True)),

@@ -12,7 +12,7 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from ..errors import MtinferError, StructureError, UnknownHeadError
-from ..graph import SharedGraph
+from ..graph import Compilation
 from ..heads import HeadState
 from ..inputs import Prediction
 from ..models.descriptor import InParts
@@ -281,7 +281,7 @@ def check_compiled_equals_eager(potential: Potential, head: str) -> None:
     results = {}
     graph = state.graph
     for mode in ("off", "wait"):
-        own = SharedGraph(graph.function, graph.signature, graph.arguments, graph.weights, mode)
+        own = replace(graph, compilation=Compilation(mode))
         inputs = [inputs_of(potential, atoms, state) for atoms in structures]
         results[mode] = [
             potential.predict(each, replace(state, stages=StageGraphs(own)))[0] for each in inputs
@@ -298,7 +298,7 @@ def check_parts(potential: Potential, head: str) -> None:
     if not isinstance(state.model.descriptor, InParts):
         return
     graph, tolerance = state.graph, TOLERANCES[precision(state)].order
-    eager = StageGraphs(SharedGraph(graph.function, graph.signature, graph.arguments, graph.weights, "off"))
+    eager = StageGraphs(replace(graph, compilation=Compilation("off")))
     for atoms in structures_of_all_kinds(potential, head):
         layouts, _ = state.model.layouts(inputs_of(potential, atoms, state))
         for layout in layouts:

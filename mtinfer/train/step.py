@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.sharing import is_trainable
-from ..graph import CompileMode, SharedGraph
+from ..graph import Compilation, CompileMode, SharedGraph
 from ..models import EnergyModel
 from ..models.gather import Index, lookup, segment_sum
 from ..models.layers import Weights
@@ -83,7 +83,7 @@ class TrainingStep:
             signature(model),
             [*arguments(model), *_LABELS],
             [weights[name].detach() for name in (*self.trained, *self.fixed)],
-            mode,
+            Compilation(mode),
         )
 
     def __call__(self, batch: Batch, labels: Labels, weights: Mapping[str, Tensor]) -> StepResult:

@@ -278,12 +278,19 @@ def test_changed_weight(converted: Path) -> None:
     content = bytearray(converted.read_bytes())
     content[-1] ^= 1
     converted.write_bytes(content)
-    raises_one_line(converted, "is damaged: its weights have another checksum; convert again")
+    raises_one_line(converted, "is damaged: its contents have another checksum; convert again")
+
+
+def test_changed_configuration(converted: Path) -> None:
+    text = stored_text(converted)
+    text["heads"][0]["config"]["descriptor"]["rcut_smth"] += 0.1
+    rewrite(converted, text)
+    raises_one_line(converted, "is damaged: its contents have another checksum; convert again")
 
 
 def test_newer_schema(converted: Path) -> None:
-    rewrite(converted, stored_text(converted) | {"schema": 2})
-    raises_one_line(converted, "has schema version 2, this mtinfer reads 1")
+    rewrite(converted, stored_text(converted) | {"schema": 3})
+    raises_one_line(converted, "has schema version 3, this mtinfer reads 2")
 
 
 BROKEN: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
@@ -300,7 +307,7 @@ BROKEN: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda text: text["heads"][1].update(aliases=["H2O"]), "alias 'H2O' of head 'clusters' clashes"),
     (lambda text: text["heads"][0].update(config=None), "'config' in the head .* is None, expected dict"),
     (lambda text: text["heads"][0].pop("graph_lower_disabled"), "'graph_lower_disabled' in the head"),
-    (lambda text: text.pop("digest"), "has no checksum of its weights; convert the checkpoint again"),
+    (lambda text: text.pop("digest"), "'digest' in the description .* is None, expected str"),
     (lambda text: text["source"].pop("sha256"), "'sha256' in the source .* is None, expected str"),
     (lambda text: text["heads"].pop(), "has the weight 'copper/.*', that belongs to none of its heads"),
     (
@@ -349,9 +356,10 @@ def test_tensor_that_an_alias_needs_is_missing(converted: Path) -> None:
     raises_one_line(converted, "leads to 'water/descriptor.mean', which is not stored")
 
 
-def test_a_head_that_became_unsupported_is_refused(converted: Path) -> None:
+def test_a_head_that_became_unsupported_is_refused(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = stored_text(converted)
     text["heads"][0]["config"]["descriptor"]["type"] = "future"
+    monkeypatch.setattr("mtinfer.checkpoint.archive._digest", lambda *_: text["digest"])
     rewrite(converted, text)
     checkpoint = read(converted)
     with pytest.raises(UnsupportedModelError, match="head 'water' uses the descriptor 'future'"):

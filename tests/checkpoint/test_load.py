@@ -249,6 +249,7 @@ CONFIG_FEATURES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda config: config.update(spin={"use_spin": [True]}), "a spin model"),
     (lambda config: config.update(type="linear_ener"), r"a composed model \(type 'linear_ener'\)"),
     (lambda config: config.update(use_srtab="zbl.tab"), "a composed model"),
+    (lambda config: config.update(modifier={"type": "dipole_charge"}), "a data modifier"),
     (lambda config: config.update(lora={"rank": 4}), "a LoRA adapter"),
     (lambda config: config.update(bridging_method="zbl"), "bridging to a short-range potential"),
     (lambda config: config["descriptor"].update(type="dpa4"), "the descriptor 'dpa4'"),
@@ -363,6 +364,24 @@ def test_one_wrong_bit(tmp_path: Path) -> None:
     path = tmp_path / "flipped.pt"
     path.write_bytes(data)
     raises_one_line(path, "is damaged: the checksum of '.*/data/.*' is wrong")
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    """A zip file says of every name whether it is in UTF-8."""
+    data = bytearray(SEPARATE.read_bytes())
+    entry = data.rindex(b"PK\x01\x02")
+    data[entry + 9] |= 0x08
+    data[entry + 46] = 0xFF
+    path = tmp_path / "flipped.pt"
+    path.write_bytes(data)
+    raises_one_line(path, "truncated or damaged")
+
+
+def test_what_a_configuration_says_of_the_mask_has_no_effect(changed: Writer) -> None:
+    def change(content: Content) -> None:
+        head_configs(content)["copper"]["fitting_net"]["exclude_types"] = [0]
+
+    assert "exclude_types" not in read(changed(SEPARATE, change)).heads["copper"].config["fitting_net"]
 
 
 def test_missing_numbers(tmp_path: Path) -> None:

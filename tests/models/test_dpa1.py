@@ -216,6 +216,7 @@ def test_list_of_sel_counts_as_its_sum() -> None:
     [
         ({"lmax": 2}, "lmax=2 is not supported; supported is 1"),
         ({"attn_mask": True}, "attn_mask=true is not supported"),
+        ({"axis_neuron": 99}, r"se_atten axis_neuron=99 is more than its \d+ features"),
         ({"tebd_input_mode": "stack"}, "tebd_input_mode 'stack' is unknown; known are concat and strip"),
     ],
 )

@@ -143,6 +143,11 @@ def test_old_names_of_options() -> None:
             "sequential_update=true needs update_angle=true",
         ),
         ({"sequential_update": True, "update_style": "res_avg"}, "and update_style=res_residual"),
+        ({"axis_neuron": 100}, r"repflow axis_neuron=100 is more than its \d+ features"),
+        (
+            {"a_dim": 100, "a_compress_rate": 1, "a_compress_use_split": True},
+            r"a_compress_use_split=true takes 100 of \d+ features",
+        ),
     ],
 )
 def test_combinations_that_the_format_does_not_define(repflow: dict[str, Any], message: str) -> None:

@@ -19,6 +19,7 @@ from random_models import (
     random_weights,
 )
 
+from mtinfer.errors import UnsupportedModelError
 from mtinfer.inputs import GraphInputs
 from mtinfer.models import layout
 from mtinfer.models.se_e2_a import SeE2A
@@ -70,6 +71,11 @@ def test_equations(one_sided: bool, sel: list[int], resnet_dt: bool) -> None:
     assert descriptor.selection(inputs).n_truncated == (9 if sum(sel) == 4 else 0)
     expected = slot_by_slot(inputs, weights, sel, one_sided=one_sided)
     np.testing.assert_allclose(features(descriptor, inputs, weights), expected, rtol=1e-11, atol=1e-13)
+
+
+def test_too_many_leading_features() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"se_e2_a axis_neuron=99 is more than its \d+ features"):
+        model(axis_neuron=99)
 
 
 def test_excluded_pairs_are_zero_but_no_empty_slots() -> None:
