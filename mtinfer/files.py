@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from .errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def check_output(
@@ -74,3 +80,45 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.replace(partial, path)
     except OSError as err:
         raise OutputError(f"{path}: can't be written: {err.strerror or err}; choose another path") from err
+
+
+@contextmanager
+def alone(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file, which is there meanwhile and ends with its process.
+
+    Where it can't be made, or the file system has no locks, nobody is kept.
+
+    Parameters
+    ----------
+    wait
+        for a process that holds it; else a BlockingIOError is raised.
+    """
+    file = None
+    if fcntl is not None:
+        try:
+            file = _locked(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            if isinstance(err, BlockingIOError):
+                raise
+    try:
+        yield
+    finally:
+        if file is not None:
+            with file, suppress(OSError):
+                path.unlink(missing_ok=True)
+                fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may hold the file open
+
+
+def _locked(path: Path, how: int) -> IO[str]:
+    """Open and lock a file; once more where the process before removed it while this one waited."""
+    while True:
+        file = path.open("a")
+        try:
+            fcntl.flock(file, how)
+        except OSError:
+            file.close()
+            raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        file.close()

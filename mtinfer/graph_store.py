@@ -13,16 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO
 
 import torch
 
 from . import __version__
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from .files import alone
 
 __all__ = ["GraphStore", "cache_directory", "graph_key"]
 
@@ -128,23 +123,9 @@ class GraphStore:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Wait until no other process compiles this graph, and let others wait meanwhile.
-
-        The lock ends with its process. Where there are no locks, or no directory, nobody waits.
-        """
-        path = self.directory / f"{self.key}.lock"
-        file = None
-        if fcntl is not None and self.make():
-            # a directory that can't be written, or a file system without locks, keeps nobody
-            with contextlib.suppress(OSError):
-                file = _locked(path)
-        try:
+        """Wait until no other process compiles this graph, and let others wait meanwhile."""
+        with alone(self.directory / f"{self.key}.lock") if self.make() else contextlib.nullcontext():
             yield
-        finally:
-            if file is not None:
-                with file, contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
-                    fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may hold the file open
 
     def save(self, package: Path, signature: str) -> None:
         """Store a graph, the binary first, then the record that vouches for it; remove what nobody uses."""
@@ -174,14 +155,3 @@ class GraphStore:
                 if time.time() - used.stat().st_mtime > _KEPT:
                     record.unlink(missing_ok=True)
                     path.unlink()
-
-
-def _locked(path: Path) -> IO[str]:
-    """Open and lock a file; once more where the process before removed it while this one waited."""
-    while True:
-        file = path.open("a")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                return file
-        file.close()

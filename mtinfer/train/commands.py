@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError, OutputError, TrainingError
+from ..files import alone
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -83,15 +85,21 @@ def train(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(f"{str(output)!r} can't be a folder: {err.strerror}") from err
-    ranks = Ranks.join(device)
-    try:
+    with ExitStack() as stack:
+        ranks = Ranks.join(device)
+        stack.callback(ranks.leave)
         if ranks.is_first:
+            try:
+                stack.enter_context(alone(output / ".lock", wait=False))
+            except BlockingIOError as err:
+                raise OutputError(
+                    f"{str(output)!r} is the folder of another training, which is running; choose another "
+                    "--output (several processes of one training are started with torchrun)"
+                ) from err
             click.echo("\n".join(describe_plan(plan)))
         mode: Any = "wait" if compile_ == "on" else "off"
         trainer = Trainer(plan, output, start=start, mode=mode, ranks=ranks)
-        finished = _run(trainer, plan, ranks)
-    finally:
-        ranks.leave()
+        finished = _run(trainer, plan, ranks, compiles=mode == "wait")
     if ranks.is_first:
         newest = trainer.keeper.newest
         click.echo(
@@ -103,7 +111,7 @@ def train(
         raise SystemExit(130)
 
 
-def _run(trainer: Trainer, plan: Plan, ranks: Ranks) -> bool:
+def _run(trainer: Trainer, plan: Plan, ranks: Ranks, *, compiles: bool) -> bool:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -145,6 +153,8 @@ def _run(trainer: Trainer, plan: Plan, ranks: Ranks) -> bool:
             for line in report_lines(report, total):
                 say(line)
 
+        if ranks.is_first and not console.is_terminal and compiles:
+            say("compiling, up to a minute or two a graph …")
         if ranks.is_first:
             say("errors: root mean squares of energy per atom E (eV), force F (eV/Å), virial per atom V (eV)")
         return trainer.run(shown=shown, tick=tick)
@@ -200,4 +210,6 @@ def verify(checkpoint: Path, data: tuple[Path, ...], heads: tuple[str, ...], com
     print_table(table(found))
     if not all(difference.accepted for difference in found):
         names = sorted({difference.head for difference in found if not difference.accepted})
-        raise TrainingError(f"the ways of evaluation differ for {', '.join(names)}; please report this")
+        raise TrainingError(
+            f"the ways of evaluation differ, or one failed, for {', '.join(names)}; please report this"
+        )

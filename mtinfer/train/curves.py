@@ -29,9 +29,9 @@ COLUMNS = (
 class LearningCurve:
     """File ``lcurve.csv``: a row for every task at every display.
 
-    Training errors are those of all batches since the display before (of several processes, those of the
-    first); validation errors are those of the task's validation batches. Root mean squares: energy per atom
-    (eV), force component (eV/Å), virial per atom (eV); empty where there is no label.
+    Training errors are those of all batches since the display before, of all processes; validation errors are
+    those of the task's validation batches. Root mean squares: energy per atom (eV), force component (eV/Å),
+    virial per atom (eV); empty where there is no label.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class LearningCurve:
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
-    """Rows of a learning curve.
+    """Rows of a learning curve, but for one that a full disk cut off.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
         raise OutputError(f"{str(path)!r} can't be read: {err}") from err
     if columns != COLUMNS or not all((row["step"] or "").isdecimal() for row in rows):
         raise OutputError(f"{str(path)!r} is no learning curve of this program; move it away")
-    return rows
+    return [row for row in rows if None not in row.values()]
 
 
 def picture_name(task: str) -> str:
@@ -83,12 +83,18 @@ def picture_name(task: str) -> str:
     return PICTURES.replace("*", task.replace("%", "%25").replace("/", "%2F"))
 
 
-def plot_curve(path: Path, task: str, picture: Path) -> None:
-    """Draw the learning curve of one task as PNG, a panel for each quantity that has labels."""
+def plot_curve(rows: Sequence[Mapping[str, str]], task: str, picture: Path) -> None:
+    """Draw the learning curve of one task as PNG, a panel for each quantity that has labels.
+
+    Parameters
+    ----------
+    rows
+        of all tasks, as `read_curve` returns them.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in read_curve(path) if row["task"] == task]
+    rows = [row for row in rows if row["task"] == task]
     panels = [(label, lines) for quantity, label in _LABELS.items() if (lines := _lines(rows, quantity))]
     figure = Figure(figsize=(1 + 3.4 * max(1, len(panels)), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -105,7 +111,7 @@ def plot_curve(path: Path, task: str, picture: Path) -> None:
         figure.savefig(partial, dpi=120)
 
 
-def _lines(rows: Sequence[dict[str, str]], quantity: str) -> dict[str, list[tuple[int, float]]]:
+def _lines(rows: Sequence[Mapping[str, str]], quantity: str) -> dict[str, list[tuple[int, float]]]:
     """Kind of error -> steps and errors; kinds without any are left out."""
     found = {}
     for kind in ("train", "valid"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 #: what ``torchrun`` sets beside WORLD_SIZE, by which processes meet
 _MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+#: how long processes wait for one that compiles, takes statistics or draws; one that dies ends all at once
+_PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Ranks:
         where = usable_device(device)
         if where.type == "cuda":
             torch.cuda.set_device(where)
-        torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        backend = "nccl" if where.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=_PATIENCE)
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), where)
 
     def leave(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ..errors import CheckpointError
 from ..models import EnergyModel
 from ..models.environment import with_shortcut
 from .plan import Plan, Task
+from .sampling import System
 from .saving import OWN_ENTRY, RunState
 from .schema import NEIGHBOR_COUNTS
 from .statistics import energy_bias
@@ -32,6 +33,8 @@ __all__ = ["Start", "finetuned", "resumed", "shifted_bias"]
 
 #: entries of a head that decide what its weights mean and which of them are trained
 _FIXED = ("type_map", "descriptor", "fitting_net", "pair_exclude_types", "atom_exclude_types")
+#: the same, of entries that act on the start alone
+_FIRST = ("preset_out_bias",)
 _CASE = "fitting_net.case_embd"
 #: last part of a weight's name -> its axis that runs over the type map
 _AXIS_OF_TYPES = {"mean": 0, "stddev": 0, "out_bias": 1, "out_std": 1, "bias_atom_e": 0}
@@ -76,8 +79,8 @@ class Start:
 def resumed(path: Path, plan: Plan) -> RunState:
     """Read a checkpoint that this program wrote, to go on from it.
 
-    Optimizer state, draws and errors are stored by position: heads, their order, what they share, what is
-    trained and the number of systems must be those of the input, and so must the models.
+    Optimizer state, draws and errors are stored by position: heads, their order, what they share and what is
+    trained must be those of the input, and so must the models. Systems may follow on those of a task.
 
     Raises
     ------
@@ -94,7 +97,8 @@ def resumed(path: Path, plan: Plan) -> RunState:
         )
     if difference := next(_differences(checkpoint, own, plan), None):
         raise CheckpointError(
-            f"{str(path)!r} can't be resumed: {difference}; use the input that it was trained with, or "
+            f"{str(path)!r} can't be resumed: {difference}; use the input that it was trained with"
+            f"{' (numbers in place of auto, which other data settle otherwise)' if plan.counts else ''}, or "
             "--finetune"
         )
     step, n_steps = int(checkpoint.step or 0), plan.schedule.n_steps
@@ -116,11 +120,24 @@ def resumed(path: Path, plan: Plan) -> RunState:
         step=step,
         weights=weights,
         optimizer=content["optimizer"],
-        drawn=own["drawn"],
+        drawn=[
+            [*drawn, *(0 for _ in task.systems[len(drawn) :])]
+            for task, drawn in zip(plan.tasks, own["drawn"], strict=True)
+        ],
         errors=own["errors"],
         ema=_stored_ema(content, plan),
-        observed={name: record.config["info"]["observed_type"] for name, record in checkpoint.heads.items()},
+        observed={
+            task.name: sorted(
+                {*checkpoint.heads[task.name].config["info"]["observed_type"]}
+                | _elements(task.systems[len(drawn) :])
+            )
+            for task, drawn in zip(plan.tasks, own["drawn"], strict=True)
+        },
     )
+
+
+def _elements(systems: Sequence[System]) -> set[str]:
+    return {symbol for system in systems for frame in system.frames for symbol in frame.atoms.symbols}
 
 
 def _differences(checkpoint: Checkpoint, own: Mapping[str, Any], plan: Plan) -> Iterator[str]:
@@ -132,9 +149,9 @@ def _differences(checkpoint: Checkpoint, own: Mapping[str, Any], plan: Plan) -> 
         return
     for task, n_stored in zip(plan.tasks, map(len, own["drawn"]), strict=True):
         stored, given = checkpoint.heads[task.name].config, json.loads(json.dumps(task.config.model))
-        for key in _FIXED:
+        for key in (*_FIXED, *_FIRST):
             yield from _changes(stored.get(key), given.get(key), f"{task.name}.{key}")
-        if n_stored != len(task.systems):
+        if n_stored > len(task.systems):
             yield f"task {task.name!r} had {n_stored} systems, and has {len(task.systems)} in the input"
     owners = Owners(plan.config.links)
     for head, name in ((head, name) for head, model in plan.models.items() for name in model.parameters()):

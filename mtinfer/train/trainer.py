@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OutputError, PredictionWarning, TrainingError
+from ..errors import OutputError, PredictionWarning, TrainingError, user_level
 from ..graph import CompileMode
 from ..potential import truncation
 from .batch import Batch
@@ -53,6 +53,12 @@ class Shown:
     steps_per_second: float
     #: task -> training errors since the last display, validation errors; None where there are none
     errors: dict[str, tuple[Errors | None, Errors | None]]
+
+
+#: seconds in which a signal counts as the one before: launchers and schedulers send it several times
+_REPEATED = 2.0
+#: seconds between pictures of learning curves, whose drawing all processes wait for
+_BETWEEN_PICTURES = 60.0
 
 
 class Trainer:
@@ -121,6 +127,7 @@ class Trainer:
         self._none = torch.zeros(0, device=self.device)
         #: task -> weights that its loss does not depend on
         self._without_effect: dict[str, frozenset[str]] = {}
+        self._last_pictures = -math.inf
         #: tasks whose neighbours were found to be too many
         self._warned: set[str] = set()
         self._errors = [Errors(*found) for found in state.errors]
@@ -255,6 +262,7 @@ class Trainer:
                         raise
                 if saves:
                     self._save()
+                    self._draw(wait=not (last or stop))
                 if stop:
                     break
         self._thin_out()
@@ -405,8 +413,19 @@ class Trainer:
             self.keeper.saved_elsewhere(self.step)
             return
         self.keeper.save(self.state())
-        for task in self.plan.tasks:
-            plot_curve(self.folder / CURVE, task.name, self.folder / picture_name(task.name))
+
+    def _draw(self, *, wait: bool) -> None:
+        """Draw the learning curves, but not again and again while others `wait`."""
+        now = time.monotonic()
+        if not self.ranks.is_first or (wait and now - self._last_pictures < _BETWEEN_PICTURES):
+            return
+        self._last_pictures = now
+        try:
+            rows = read_curve(self.folder / CURVE)
+            for task in self.plan.tasks:
+                plot_curve(rows, task.name, self.folder / picture_name(task.name))
+        except OutputError as err:
+            warnings.warn(f"{err}; the training goes on without pictures", stacklevel=user_level())
 
 
 def _default_fparam(task: Task) -> Tensor | None:
@@ -455,17 +474,21 @@ def _rounds(systems: list[System]) -> list[tuple[int, System, tuple[int, ...]]]:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask for an end after the step; a second one ends at once."""
-    asked: list[int] = []
+    """Ctrl-C, SIGTERM and a closed terminal ask for an end after the step; a later one ends at once."""
+    asked: list[float] = []
 
-    def note(number: int, _: Any) -> None:
-        if asked:
+    def note(*_: Any) -> None:
+        now = time.monotonic()
+        if asked and now - asked[0] > _REPEATED:
             raise KeyboardInterrupt
-        asked.append(number)
+        asked.append(now)
 
     before: dict[int, Any] = {}
     try:
-        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is None or signal.getsignal(number) is signal.SIG_IGN:  # as `nohup` has it
+                continue
             with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
                 before[number] = signal.signal(number, note)
         yield lambda: bool(asked)

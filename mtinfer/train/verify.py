@@ -43,6 +43,7 @@ class Difference:
 
     head: str
     way: str
+    n_frames: int
     #: eV per atom, eV/Å, eV; NaN where the way does not evaluate the head
     energy: float
     forces: float
@@ -65,7 +66,8 @@ def verify(
     """Evaluate heads of a file several ways and compare.
 
     Eager evaluation is what the others are compared with: the function that training differentiates, the
-    compiled graph, and deepmd-kit where it can be imported and the file is a checkpoint.
+    compiled graph, and deepmd-kit where it can be imported and the file is a checkpoint. Frames of other
+    elements than a head was trained on are left out.
 
     Parameters
     ----------
@@ -84,7 +86,7 @@ def verify(
     eager = load(path, compile="off")
     ways: dict[str, Way] = {"training": _training(path)}
     if compiled:
-        ways["compiled"] = _potential(load(path, compile="wait"))
+        ways["compiled"] = _compiled(load(path, compile="wait"))
     if importlib.util.find_spec("deepmd") is not None and path.suffix == ".pt":
         try:
             ways["deepmd-kit"] = _deepmd(path, importlib.import_module("deepmd.infer").DeepPot)
@@ -106,12 +108,10 @@ def verify(
             try:
                 found = evaluate(state, own)
             except Exception as err:
-                if way != "deepmd-kit":
+                if way == "training":
                     raise
-                warnings.warn(
-                    f"deepmd-kit does not evaluate head {state.name!r}: {first_line(err)}", stacklevel=2
-                )
-                yield Difference(state.name, way, math.nan, math.nan, math.nan, accepted=False)
+                warnings.warn(f"{way} does not evaluate head {state.name!r}: {first_line(err)}", stacklevel=2)
+                yield Difference(state.name, way, len(own), math.nan, math.nan, math.nan, accepted=False)
             else:
                 yield _compare(state, way, found, _potential(eager)(state, own))
 
@@ -132,7 +132,7 @@ def _compare(
             difference = float(np.abs(a - b).max(initial=0.0))
             worst[k] = float(np.maximum(worst[k], difference))  # keeps NaN, unlike max()
             accepted = accepted and difference <= tolerance * max(1.0, float(np.abs(b).max(initial=0.0)))
-    return Difference(state.name, way, worst[0], worst[1], worst[2], accepted)
+    return Difference(state.name, way, len(found), worst[0], worst[1], worst[2], accepted)
 
 
 def _potential(potential: Potential) -> Way:
@@ -143,6 +143,18 @@ def _potential(potential: Potential) -> Way:
             return potential.evaluate([frame.atoms for frame in frames], state.name)
 
     return evaluate
+
+
+def _compiled(potential: Potential) -> Way:
+    evaluate = _potential(potential)
+
+    def evaluate_compiled(state: HeadState, frames: Sequence[Frame]) -> list[Prediction]:
+        found, own = evaluate(state, frames), potential.head(state.name)
+        if any(graph.mode == "off" for graph in (own.graph, *own.stages.graphs)):
+            raise RuntimeError("there is no compiled graph")
+        return found
+
+    return evaluate_compiled
 
 
 def _training(path: Path) -> Way:
@@ -243,9 +255,10 @@ def table(differences: Sequence[Difference]) -> Any:
     from rich.table import Table
 
     made = Table(title="largest differences from eager evaluation")
-    for column in ("head", "way", "energy (eV/atom)", "forces (eV/Å)", "virial (eV)", ""):
+    for column in ("head", "way", "frames", "energy (eV/atom)", "forces (eV/Å)", "virial (eV)", ""):
         made.add_column(column, justify="left" if column in ("head", "way") else "right")
     for found in differences:
         numbers = (f"{value:.1e}" for value in (found.energy, found.forces, found.virial))
-        made.add_row(found.head, found.way, *numbers, "ok" if found.accepted else "differs")
+        failed = "failed" if math.isnan(found.energy) else "differs"
+        made.add_row(found.head, found.way, str(found.n_frames), *numbers, "ok" if found.accepted else failed)
     return made

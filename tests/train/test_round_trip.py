@@ -18,9 +18,10 @@ import mtinfer
 from mtinfer.checkpoint.load import read
 from mtinfer.checkpoint.writer import convert
 from mtinfer.data import read_frames
+from mtinfer.errors import GraphWarning
 from mtinfer.train.commands import verify as verify_command
 from mtinfer.train.trainer import Trainer
-from mtinfer.train.verify import verify
+from mtinfer.train.verify import sample_structures, verify
 
 
 def train(folder: Path, kind: str, fitting: bool, mode: Any, n_steps: int = 30) -> Trainer:
@@ -125,6 +126,31 @@ def test_verify_says_what_deepmd_kit_says(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.warns(UserWarning, match=r"can't be imported and is left out \(OSError: undefined symbol\)"):
         found = list(verify(tmp_path / "model.ckpt.pt", compiled=False))
     assert {d.way for d in found} == {"training"}
+
+
+def test_verify_does_not_take_eager_for_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, "dpa1strip", True, "off", 2)
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.setenv("MTINFER_CACHE", str(tmp_path / "cache"))
+    with (
+        pytest.warns(GraphWarning, match="no C\\+\\+ compiler"),
+        pytest.warns(UserWarning, match="compiled does not evaluate head .*: there is no compiled graph"),
+    ):
+        found = list(verify(tmp_path / "model.ckpt.pt"))
+    assert {d.way: d.accepted for d in found if d.way != "deepmd-kit"} == {
+        "training": True,
+        "compiled": False,
+    }
+
+
+def test_verify_says_how_many_frames_it_compared(tmp_path: Path) -> None:
+    train(tmp_path, "dpa1strip", True, "off", 2)
+    head, *_ = SYSTEMS
+    state = mtinfer.load(tmp_path / "model.ckpt.pt", compile=False).head(head)
+    frames = sample_structures(state)
+    frames[0].atoms.symbols[0] = "Au"
+    found = list(verify(tmp_path / "model.ckpt.pt", frames, heads=[head], compiled=False))
+    assert {d.n_frames for d in found if d.way != "deepmd-kit"} == {len(frames) - 1}
 
 
 def test_verify_fails_where_the_numbers_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

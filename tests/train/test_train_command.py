@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from tiny_inputs import DESCRIPTORS, FITTING, SYSTEMS, shared_input, training_input
 
 from mtinfer.cli import main
+from mtinfer.files import alone
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,13 @@ def test_processes_that_torchrun_did_not_start_are_told_so(
     monkeypatch.setenv("MASTER_PORT", "2")
     text = "WORLD_SIZE is 2, and RANK, LOCAL_RANK, MASTER_ADDR are not set; start .* with torchrun, or unset"
     fails_with(text, train(tmp_path))
+
+
+def test_a_folder_is_that_of_one_training(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with alone(tmp_path / "run/.lock"):  # as another process would
+        fails_with("'.*run' is the folder of another training, which is running; choose", train(tmp_path))
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_head_goes_with_fine_tuning(tmp_path: Path) -> None:

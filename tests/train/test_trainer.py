@@ -19,9 +19,11 @@ from tiny_inputs import DESCRIPTORS, SYSTEMS, plan_of, shared_input
 import mtinfer
 from mtinfer.checkpoint.archive import write
 from mtinfer.checkpoint.load import read
+from mtinfer.checkpoint.records import HeadRecord
 from mtinfer.errors import CheckpointError, OutputError, PredictionWarning, TrainingError
-from mtinfer.train.curves import COLUMNS, CURVE, LearningCurve
+from mtinfer.train.curves import COLUMNS, CURVE, LearningCurve, read_curve
 from mtinfer.train.sampling import Batches
+from mtinfer.train.saving import RunState
 from mtinfer.train.starting import Start
 from mtinfer.train.statistics import times_drawn
 from mtinfer.train.trainer import Trainer
@@ -280,6 +282,74 @@ def test_a_run_whose_curve_fails_leaves_a_checkpoint(tmp_path: Path, monkeypatch
     with pytest.raises(OutputError, match="no space"):
         trained(tmp_path, 8, disp_freq=3, save_freq=100)
     assert read(tmp_path / "model.ckpt-3.pt").step == 3
+
+
+def test_pictures_that_can_not_be_drawn_end_nothing(tmp_path: Path) -> None:
+    (tmp_path / "lcurve-copper.png").mkdir()
+    with pytest.warns(UserWarning, match=r"lcurve-copper\.png: exists .*; the training goes on without"):
+        trained(tmp_path, 2, save_freq=1)
+    assert read(tmp_path / "model.ckpt-2.pt").step == 2
+
+
+def test_pictures_are_drawn_at_once_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr("mtinfer.train.trainer.plot_curve", lambda rows, *_: drawn.append(rows[-1]["step"]))
+    trained(tmp_path, 5, save_freq=1, disp_freq=1)
+    assert drawn == ["1"] * len(SYSTEMS) + ["5"] * len(SYSTEMS)
+
+
+def test_a_row_that_was_cut_off_is_none(tmp_path: Path) -> None:
+    curve = LearningCurve(tmp_path / CURVE)
+    curve.add(1, "copper", 1e-3, 0.1, (None, None))
+    with curve.path.open("a") as file:
+        file.write("20")
+    assert [row["step"] for row in read_curve(curve.path)] == ["1"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_systems_may_be_added(tmp_path: Path) -> None:
+    fewer = shared_input("dpa1strip", numb_steps=4)
+    fewer_systems(fewer)
+    Trainer(plan_of(fewer), tmp_path, mode="off").run()
+    trainer = trained(tmp_path, 100, start=Start(resume=tmp_path / "model.ckpt-4.pt"))
+    (drawn,) = [own for own, task in zip(trainer.sampler.drawn, SYSTEMS, strict=True) if task == "clusters"]
+    assert len(drawn) == 3
+    assert drawn[-1] > 0, trainer.sampler.drawn
+    observed = {head: record.config["info"]["observed_type"] for head, record in heads_of(trainer).items()}
+    assert observed == {
+        task.name: sorted(
+            {symbol for s in task.systems for frame in s.frames for symbol in frame.atoms.symbols}
+        )
+        for task in trainer.plan.tasks
+    }
+
+
+def heads_of(trainer: Trainer) -> dict[str, HeadRecord]:
+    newest = trainer.keeper.newest
+    assert newest is not None
+    return read(newest).heads
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_signal_that_is_sent_again_at_once_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(name: str, **options: Any) -> Trainer:
+        trainer = Trainer(
+            plan_of(shared_input("dpa1strip", numb_steps=5, **options)), tmp_path / name, mode="off"
+        )
+        save = trainer.keeper.save
+
+        def interrupted(state: RunState) -> None:
+            os.kill(os.getpid(), signal.SIGHUP)  # as launchers do, while the checkpoint is written
+            save(state)
+
+        monkeypatch.setattr(trainer.keeper, "save", interrupted)
+        trainer.run(tick=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None)
+        return trainer
+
+    assert train("at once").keeper.newest == tmp_path / "at once/model.ckpt-2.pt"
+    monkeypatch.setattr("mtinfer.train.trainer._REPEATED", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        train("later")
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -657,6 +727,10 @@ def another_descriptor(given: dict[str, Any]) -> None:
     given["model"]["shared_dict"]["desc"] = DESCRIPTORS["se_e2_a"]
 
 
+def preset_bias(given: dict[str, Any]) -> None:
+    given["model"]["model_dict"]["copper"]["preset_out_bias"] = {"energy": [1.0, 2.0, 3.0]}
+
+
 def fewer_systems(given: dict[str, Any]) -> None:
     given["training"]["data_dict"]["clusters"]["training_data"]["systems"].pop()
 
@@ -682,6 +756,7 @@ def shared_fitting(given: dict[str, Any]) -> None:
             another_descriptor,
             "clusters.descriptor.type was 'se_atten', and is 'se_e2_a' in the input",
         ),
+        (preset_bias, "copper.preset_out_bias was None, and is {'energy': [1.0, 2.0, 3.0]} in the input"),
         (fewer_systems, "task 'clusters' had 3 systems, and has 2 in the input"),
         (separate_descriptors, "it trained 23 weights, and the input trains 32"),
         (
