@@ -19,7 +19,6 @@ from tiny_inputs import DESCRIPTORS, SYSTEMS, plan_of, shared_input
 import mtinfer
 from mtinfer.checkpoint.archive import write
 from mtinfer.checkpoint.load import read
-from mtinfer.checkpoint.records import HeadRecord
 from mtinfer.errors import CheckpointError, OutputError, PredictionWarning, TrainingError
 from mtinfer.train.curves import COLUMNS, CURVE, LearningCurve, read_curve
 from mtinfer.train.sampling import Batches
@@ -308,26 +307,17 @@ def test_a_row_that_was_cut_off_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_pictures")
 def test_systems_may_be_added(tmp_path: Path) -> None:
-    fewer = shared_input("dpa1strip", numb_steps=4)
-    fewer_systems(fewer)
-    Trainer(plan_of(fewer), tmp_path, mode="off").run()
-    trainer = trained(tmp_path, 100, start=Start(resume=tmp_path / "model.ckpt-4.pt"))
-    (drawn,) = [own for own, task in zip(trainer.sampler.drawn, SYSTEMS, strict=True) if task == "clusters"]
-    assert len(drawn) == 3
-    assert drawn[-1] > 0, trainer.sampler.drawn
-    observed = {head: record.config["info"]["observed_type"] for head, record in heads_of(trainer).items()}
-    assert observed == {
-        task.name: sorted(
-            {symbol for s in task.systems for frame in s.frames for symbol in frame.atoms.symbols}
-        )
-        for task in trainer.plan.tasks
-    }
-
-
-def heads_of(trainer: Trainer) -> dict[str, HeadRecord]:
-    newest = trainer.keeper.newest
-    assert newest is not None
-    return read(newest).heads
+    trained(tmp_path, 4)
+    more = shared_input("dpa1strip", numb_steps=100)
+    more["training"]["data_dict"]["copper"]["training_data"]["systems"] += SYSTEMS["clusters"]
+    trainer = Trainer(plan_of(more), tmp_path, start=Start(resume=tmp_path / "model.ckpt-4.pt"), mode="off")
+    assert trainer.run()
+    drawn = dict(zip(SYSTEMS, trainer.sampler.drawn, strict=True))["copper"]
+    assert len(drawn) == 5
+    assert sum(drawn[2:]) > 0
+    heads = read(tmp_path / "model.ckpt-100.pt").heads
+    observed = {head: record.config["info"]["observed_type"] for head, record in heads.items()}
+    assert observed == {"clusters": ["H", "O"], "copper": ["Cu", "H", "O"]}
 
 
 @pytest.mark.usefixtures("no_pictures")
