@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +33,10 @@ _COUNT = click.IntRange(min=1)
 
 
 class _Group(click.Group):
-    """Prints every `MtinferError`, and Ctrl-C, as a line on stderr; `--debug`, anywhere, shows tracebacks."""
+    """Prints errors of the package and of the system, and Ctrl-C, as a line on stderr.
+
+    `--debug`, anywhere, shows tracebacks.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if "--debug" in args:
@@ -39,10 +45,14 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         warnings.showwarning = _show_warning
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # Å where there is none
         try:
             return super().invoke(ctx)
-        except MtinferError as err:
-            if ctx.params.get("debug"):
+        except (MtinferError, OSError) as err:
+            broken_pipe = isinstance(err, OSError) and err.errno == errno.EPIPE  # of click, as after `| head`
+            if broken_pipe or ctx.params.get("debug"):
                 raise
             click.echo(f"mtinfer: {err}", err=True)
             ctx.exit(1)

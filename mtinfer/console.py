@@ -16,5 +16,5 @@ def print_table(table: Table) -> None:
     """Print a table as wide as the terminal, but no narrower than 80: lines that wrap lose nothing."""
     from rich.console import Console
 
-    width = max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 120
+    width = max(80, shutil.get_terminal_size().columns) if sys.stdout and sys.stdout.isatty() else 120
     Console(width=width).print(table)

@@ -59,15 +59,25 @@ class GraphInputs:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a head says of one structure."""
+    """What a head says of one structure.
 
-    #: eV
+    Attributes
+    ----------
+    energy
+        eV.
+    atom_energy
+        shape (n_atoms,), eV; sums to `energy`.
+    forces
+        shape (n_atoms, 3), eV/Å.
+    virial
+        shape (3, 3), eV, -dE/dε; positive diagonal under compression.
+    head
+        name.
+    """
+
     energy: float
-    #: (n_atoms,), eV; sums to `energy`
     atom_energy: NDArray[np.float64]
-    #: (n_atoms, 3), eV/Å
     forces: NDArray[np.float64]
-    #: (3, 3), eV, -dE/dε; positive diagonal under compression
     virial: NDArray[np.float64]
     head: str
 
@@ -77,11 +87,11 @@ class Prediction:
         Parameters
         ----------
         volume
-            Å^3.
+            Å³.
 
         Returns
         -------
-        shape (6,), eV/Å^3
+        shape (6,), eV/Å³
             -virial / volume, symmetrised, Voigt order xx yy zz yz xz xy, ASE's sign (tension positive).
 
         Raises
@@ -90,6 +100,6 @@ class Prediction:
             The volume is not positive.
         """
         if not volume > 0.0:
-            raise ValueError(f"volume is {volume} Å^3; a stress needs a cell with a positive one")
+            raise ValueError(f"volume is {volume} Å³; a stress needs a cell with a positive one")
         stress = -0.5 * (self.virial + self.virial.T) / volume
         return stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]

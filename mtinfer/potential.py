@@ -409,7 +409,8 @@ def _not_finite(inputs: GraphInputs) -> str:
         first_of_frame = int(torch.searchsorted(inputs.frames, frame))
         a, b = sorted(int(ends[pair]) - first_of_frame for ends in (inputs.centers, inputs.neighbors))
         apart = f"{float(distances[pair]):.3g} Å"
-        text += f"; the closest atoms, {a} and {b} of structure {int(frame)}, are {apart} apart"
+        of_which = f" of structure {int(frame)}" if inputs.n_frames > 1 else ""
+        text += f"; the closest atoms, {a} and {b}{of_which}, are {apart} apart"
     return f"{text}: check the step before this structure"
 
 

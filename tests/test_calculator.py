@@ -373,7 +373,7 @@ def test_atoms_on_top_of_each_other(potential: Potential) -> None:
     """An energy that is no number ends a run at once."""
     atoms = ase.Atoms("OH2", [[0.0, 0.0, 0.0], [0.0, 0.0, 0.96], [0.0, 0.0, 0.96]])
     atoms.calc = MTCalculator(potential, head="water")
-    with pytest.raises(StructureError, match=r"atoms, 1 and 2 of structure 0, are 0 Å apart: check the step"):
+    with pytest.raises(StructureError, match=r"atoms, 1 and 2, are 0 Å apart: check the step"):
         atoms.get_potential_energy()
     with pytest.raises(StructureError, match="1 and 2 of structure 1, are 0 Å apart"):
         potential.evaluate([water(), atoms], "water")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -318,6 +319,25 @@ def test_an_error_in_a_real_process(debug: bool) -> None:
     assert ("Traceback" in done.stderr) == debug
     assert "no such file: 'absent.pt'" in done.stderr.splitlines()[-1]
     assert debug or len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_that_can_not_be_written() -> None:
+    command = [sys.executable, "-m", "mtinfer", "info", str(STRIP)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "mtinfer: [Errno 28] No space left on device"
+
+
+def test_a_terminal_without_the_letters() -> None:
+    frames = FRAMES / "water.extxyz"
+    command = [sys.executable, "-m", "mtinfer", "eval", "--head", "water", "--compile", "off", STRIP, frames]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "eV/?" in done.stdout
 
 
 @pytest.mark.parametrize("dialect", ["pt", "pt_expt"])
