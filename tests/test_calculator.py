@@ -36,6 +36,7 @@ from mtinfer.errors import (
     UnknownHeadError,
     UnsupportedModelError,
 )
+from mtinfer.graph import SharedGraph
 from mtinfer.heads import Refused
 from mtinfer.random_checkpoint import write_random_checkpoint
 
@@ -331,6 +332,18 @@ def test_a_callers_autocast_changes_no_bit(name: str) -> None:
     assert got.energy == expected.energy
     np.testing.assert_array_equal(got.forces, expected.forces)
     np.testing.assert_array_equal(others["water"], energies["water"])
+
+
+def test_forces_that_are_no_numbers_end_a_run(potential: Potential, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = SharedGraph.__call__
+
+    def without_forces(graph: SharedGraph, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        energies, *gradients = usual(graph, *arguments)
+        return energies, *(gradient * torch.nan for gradient in gradients)
+
+    monkeypatch.setattr(SharedGraph, "__call__", without_forces)
+    with pytest.raises(StructureError, match="energy or forces are not finite"):
+        potential.evaluate(water(), "water")
 
 
 def test_a_copy_has_lists_and_results_of_its_own(potential: Potential) -> None:

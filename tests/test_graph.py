@@ -784,6 +784,22 @@ def test_off_never_compiles(store: Path) -> None:
     assert (graph.n_compiled, list(store.glob("*.graph"))) == (0, [])
 
 
+@pytest.mark.parametrize(
+    "changed", ["__version__", "_sources", "_machine", "torch.__version__", "signature", "device"]
+)
+def test_what_a_stored_graph_depends_on(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native code of another processor, torch or source is none of ours."""
+    values = {"signature": "small", "device": torch.device("cpu")}
+    before = graph_key(**values)
+    assert graph_key(**values) == before
+    if changed in values:
+        values |= {"signature": "large"} if changed == "signature" else {"device": torch.device("meta")}
+    else:
+        other = (lambda: "other") if changed.startswith("_s") or changed == "_machine" else "other"
+        monkeypatch.setattr(f"mtinfer.graph_store.{changed}", other)
+    assert graph_key(**values) != before
+
+
 # --- devices
 
 

@@ -180,7 +180,7 @@ def _add_errors(axes: Axes, quantity: Quantity, series: list[_Series], *, corner
         errors = [one.rmse for one in series]
         handles, labels = [], []
         title += f"\n{min(errors):.3g} to {max(errors):.3g}"
-        title += "\n(with offsets, not drawn)" if any(one.offset for one in series) else ""
+        title += "\n(offsets not drawn)" if any(one.offset for one in series) else ""
     axes.legend(
         handles, labels, title=title, loc=corner, fontsize="small",
         title_fontsize="small", handletextpad=0.2, borderpad=0.3, framealpha=0.7, alignment="left",
@@ -188,7 +188,7 @@ def _add_errors(axes: Axes, quantity: Quantity, series: list[_Series], *, corner
 
 
 def _error_text(rmse: float, offset: float) -> str:
-    return f"{rmse:.3g}, with the offset {offset:+.3g}, not drawn" if offset else f"{rmse:.3g}"
+    return f"{rmse:.3g} (offset {offset:+.3g} not drawn)" if offset else f"{rmse:.3g}"
 
 
 def _add_legend(figure: Figure, evaluation: Evaluation, panels: list[list[_Series]]) -> None:

@@ -79,7 +79,7 @@ def test_constant_energy_errors_leave_the_panel_readable(tmp_path: Path) -> None
     assert high - low < 3 * np.ptp([frame.energy / 8 for frame in evaluation.frames])
     texts = [text.get_text() for text in energies.get_legend().get_texts()]
     assert "offset" not in texts[0]
-    assert texts[1] == "500, with the offset -500, not drawn"
+    assert texts[1] == "500 (offset -500 not drawn)"
 
 
 def test_small_constant_errors_are_shown(tmp_path: Path) -> None:

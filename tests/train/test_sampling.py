@@ -13,6 +13,7 @@ from tiny_inputs import SYSTEMS, plan_of, shared_input
 
 from mtinfer.data.frame import Frame
 from mtinfer.errors import ConfigError, DataError
+from mtinfer.train.batch import make_batch
 from mtinfer.train.config import DataConfig
 from mtinfer.train.plan import Plan
 from mtinfer.train.sampling import Batches, Sampler, _batch_size, system_probabilities
@@ -64,6 +65,18 @@ def test_a_system_of_one_batch_is_prepared_once() -> None:
         task, index, chosen = sampler.draw(step)
         batches(task, index, plan.tasks[task].systems[index], chosen)
     assert len(batches._kept) == sum(len(task.systems) for task in plan.tasks)
+
+
+def test_prepared_batches_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = plan_of(shared_input("dpa1strip")).tasks[0]
+    system = task.systems[0]
+    sizes = [make_batch([frame], task.model, None).n_bytes for frame in system.frames[:2]]
+    monkeypatch.setattr("mtinfer.train.sampling._CACHE_BYTES", max(sizes))
+    batches = Batches([task.model], [None])
+    made = [batches(0, 0, system, (k,)) for k in (0, 1, 0, 1)]
+    assert len({id(batch) for batch in made}) == len(made)  # each made the one before go
+    assert batches(0, 0, system, (1,)) is made[-1]
+    assert list(batches._kept) == [(0, 0, (1,))]
 
 
 def test_ranks_draw_one_system_and_share_its_batches() -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,21 @@ def test_a_run_whose_curve_fails_leaves_a_checkpoint(tmp_path: Path, monkeypatch
     with pytest.raises(OutputError, match="no space"):
         trained(tmp_path, 8, disp_freq=3, save_freq=100)
     assert read(tmp_path / "model.ckpt-3.pt").step == 3
+
+
+@pytest.mark.parametrize(("scale", "factor"), [("linear", 4.0), ("sqrt", 2.0), ("none", 1.0)])
+def test_learning_rates_of_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: str, factor: float
+) -> None:
+    given = shared_input("dpa1strip", numb_steps=2)
+    given["learning_rate"]["scale_by_worker"] = scale
+    trainer = Trainer(plan_of(given), tmp_path, mode="off")
+    seen: list[float] = []
+    monkeypatch.setattr(trainer.optimizer, "update", lambda _, lr: seen.append(lr))
+    trainer._update({}, 1e-3)
+    monkeypatch.setattr(trainer, "ranks", replace(trainer.ranks, size=4))
+    trainer._update({}, 1e-3)
+    assert seen == pytest.approx([1e-3, factor * 1e-3])
 
 
 def test_pictures_that_can_not_be_drawn_end_nothing(tmp_path: Path) -> None:
