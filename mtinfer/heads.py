@@ -17,8 +17,8 @@ from .errors import PredictionWarning, UnsupportedModelError, user_level
 from .graph import Compilation, CompileMode, SharedGraph, signed
 from .models import EnergyModel
 from .models.tabulated import TabulatedDPA1, TabulatedSeE2A, tabulated
+from .options import unknown_options
 from .stage_graphs import StageGraphs
-from .train.schema import unknown_options
 
 __all__ = ["HeadState", "checked", "head_states"]
 

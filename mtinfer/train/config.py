@@ -10,6 +10,7 @@ from typing import Any
 
 from ..checkpoint.heads import DEFAULT_HEAD
 from ..errors import ConfigError, nearest
+from ..options import Section
 from . import schema
 from .loss import LossConfig
 from .model_section import Link, read_model
@@ -265,7 +266,7 @@ def _numbers(key: str, given: Any, models: Mapping[str, Any]) -> dict[str, float
     return {name: float(value) for name, value in entries.items()}
 
 
-def _data(given: Any, section: schema.Section, where: str) -> DataConfig:
+def _data(given: Any, section: Section, where: str) -> DataConfig:
     found = complete(given, section, where)
     systems, size, probabilities = found["systems"], found["batch_size"], found["sys_probs"]
     return DataConfig(

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .. import options
 from ..checkpoint.heads import DEFAULT_HEAD, check_aliases
 from ..checkpoint.refusals import refusal
 from ..descriptor_kinds import KINDS, kind_of
 from ..errors import CheckpointError, ConfigError, nearest
 from ..models.hybrid import member_name
-from . import schema
 from .schema import complete
 from .values import SECTION
 
@@ -153,7 +153,7 @@ def _head(name: str, given: Any, multitask: bool) -> dict[str, Any]:
     where = f"model_dict.{name}" if multitask else "model"
     if reason := _refusal(name, given):
         raise ConfigError(reason)
-    head = complete(given, schema.HEAD, where)
+    head = complete(given, options.HEAD, where)
     type_map = head["type_map"]
     if len(set(type_map)) != len(type_map) or not type_map:
         raise ConfigError(f"{where}.type_map is {type_map!r}; expected a list of different elements")
@@ -196,7 +196,7 @@ def _check_types(
 
 
 def _fitting(given: Any, where: str, n_types: int) -> dict[str, Any]:
-    found = complete(given, schema.FITTING, where)
+    found = complete(given, options.FITTING, where)
     _check_types(found, where, n_types, lists=("atom_ener",))
     default, size = found["default_fparam"], found["numb_fparam"]
     if default is not None and len(default) != size:
@@ -212,13 +212,13 @@ def _descriptor(given: Any, where: str, n_types: int, *, within_hybrid: bool = F
     kind = kind_of(given)
     if kind == "hybrid" and not within_hybrid:
         return _hybrid(given, where, n_types)
-    if kind not in schema.DESCRIPTORS:
-        supported = [*schema.DESCRIPTORS, *([] if within_hybrid else ["hybrid"])]
+    if kind not in options.DESCRIPTORS:
+        supported = [*options.DESCRIPTORS, *([] if within_hybrid else ["hybrid"])]
         raise ConfigError(
             f"{where}.type is {kind!r}, which can't be trained{nearest(kind, supported)}; supported are "
             f"{', '.join(supported)}"
         )
-    found = complete({**given, "type": kind}, schema.DESCRIPTORS[kind], where)
+    found = complete({**given, "type": kind}, options.DESCRIPTORS[kind], where)
     if kind == "dpa3" and found["repflow"]["skip_stat"]:
         found["repflow"]["fix_stat_std"] = 0.3  # the older spelling, which wins in deepmd-kit, too
     if kind == "dpa3":
@@ -239,7 +239,7 @@ def _check_compression(repflow: Mapping[str, Any], where: str) -> None:
 
 
 def _hybrid(given: Mapping[str, Any], where: str, n_types: int) -> dict[str, Any]:
-    found = complete(given, schema.HYBRID, where)
+    found = complete(given, options.HYBRID, where)
     members = found["list"]
     if not isinstance(members, list) or not members:
         raise ConfigError(f"{where}.list is {members!r}; expected a list of descriptors")

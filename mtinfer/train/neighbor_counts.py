@@ -16,9 +16,9 @@ from ..data import Frame
 from ..errors import ConfigError
 from ..models.hybrid import member_name
 from ..neighbors import find_candidates, positions_of
+from ..options import NEIGHBOR_COUNTS
 from .batch import type_indices
 from .config import TrainConfig
-from .schema import NEIGHBOR_COUNTS
 
 __all__ = ["settle_counts"]
 

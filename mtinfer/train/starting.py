@@ -22,10 +22,10 @@ from ..descriptor_kinds import kind_of
 from ..errors import CheckpointError
 from ..models import EnergyModel
 from ..models.environment import with_shortcut
+from ..options import NEIGHBOR_COUNTS
 from .plan import Plan, Task
 from .sampling import System
 from .saving import OWN_ENTRY, RunState
-from .schema import NEIGHBOR_COUNTS
 from .statistics import energy_bias
 from .weights import AllWeights, Owners, trained_labels
 

@@ -24,13 +24,14 @@ from tiny_inputs import (
     training_input,
 )
 
+from mtinfer import options
 from mtinfer.errors import ConfigError, DataError
 from mtinfer.models.activations import activation
+from mtinfer.options import ABSENT, REQUIRED, Section
 from mtinfer.train import schema
 from mtinfer.train.config import read_config
 from mtinfer.train.model_section import Link
 from mtinfer.train.plan import describe_plan
-from mtinfer.train.schema import ABSENT, REQUIRED, Section
 from mtinfer.train.values import VALUES
 from mtinfer.train.weights import initial_weights
 
@@ -345,7 +346,7 @@ def _sections(found: object) -> Iterator[Section]:
 
 def test_every_key_has_a_kind_and_every_default_is_of_it() -> None:
     used = set()
-    for section in _sections(vars(schema)):
+    for section in _sections(vars(options) | vars(schema)):
         for key, default in section.defaults.items():
             used.add(key)
             if key in section.only:
