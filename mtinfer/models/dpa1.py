@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,21 @@ from .stage import Keep
 
 #: attention makes arrays of slots times slots of one centre
 _SLOTS_PER_CALL_WITH_ATTENTION = 6144
+
+
+class Centers(NamedTuple):
+    """Further arguments of a call: what it knows of n centres and their m slots."""
+
+    #: (n,)
+    types: Tensor
+    #: (n, m), row of the pair tables
+    pair: Tensor
+    #: (n,), row of the table of empty slots
+    empty_pair: Tensor
+    #: (n,) float64, empty slots
+    n_empty: Tensor
+    #: (n,) float64, slots that upstream has and the array lacks
+    n_phantom: Tensor
 
 
 @dataclass(frozen=True)
@@ -244,14 +259,14 @@ class DPA1:
         for atoms in calls:
             slots = padded_rows(pairs.counts, atoms)
             displacements, edges = vectors(slots)
-            tensors = (
+            centers = Centers(
                 inputs.types[atoms],
                 types_i[atoms].unsqueeze(1) + on_slots(types_j, slots),
                 empty_pairs[atoms],
                 n_empty[atoms],
                 n_phantom[atoms],
             )
-            layouts.append(Layout(0, (displacements,), tensors, (edges,), atoms))
+            layouts.append(Layout(0, (displacements,), tuple(centers), (edges,), atoms))
         return layouts
 
     def __call__(
@@ -268,8 +283,7 @@ class DPA1:
         displacements
             one array, shape (n, m, 3), Å.
         tensors
-            types (n,), row of the pair tables (n, m), row of the empty-slot table (n,),
-            numbers of empty and of phantom slots (n,).
+            members of `Centers`.
         keep
             of a stage, without attention only: the moment (n, 4, g) is kept, and the pair features are
             evaluated anew for the derivative.
@@ -278,7 +292,7 @@ class DPA1:
         -------
         descriptor, shape (n, width), and types, shape (n,)
         """
-        types, pair, empty_pair, n_empty, n_phantom = tensors
+        types, pair, empty_pair, n_empty, n_phantom = Centers(*tensors)
         vectors, normalization = displacements[0].to(self.dtype), self.normalization(types, weights)
         rows, w, mask = self.environment.rows(vectors, *normalization)
         r = distances(vectors)

@@ -5,16 +5,17 @@ Zhang et al., npj Comput. Mater. 10, 293 (2024), arXiv:2312.15492.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..inputs import GraphInputs, ParameterSpec
 from .activations import known_activation
-from .dpa1 import DPA1
+from .dpa1 import DPA1, Centers
 from .environment import Environment, TypeEmbedding
 from .gather import Index, lookup
 from .layers import Weights, precision, required
@@ -52,15 +53,47 @@ REPINIT_DEFAULTS = {
 }
 
 
-#: graph arguments of `DPA1`, and the place of the pair types (n, m) among them
-_N_REPINIT = 5
-_PAIR_TYPES = 1
 #: entries of the attention maps of all layers that one graph may keep on a CPU
 _LARGE = 2e6
 #: numbers that a GPU has in memory at once for each of those (measured: 10 to 13)
 _MEMORY = 15
 #: pairs of slots that are evaluated together where everything is too much
 _ENTRIES_OF_PART = 80_000
+
+
+class Given(NamedTuple):
+    """Further arguments of a call."""
+
+    #: centres of the first stage
+    repinit: Centers
+    #: (n, m), the atom in each slot of the repformer
+    neighbors: Index
+    #: (n, m) bool, slots of centres that have more neighbours than slots; None where the model never has such
+    saturated: Tensor | None
+    #: (n, m), types of the neighbours in the three-body block; None without it
+    types_of_pairs: Tensor | None
+
+    @classmethod
+    def of(cls, model: DPA2, tensors: Tensors) -> Given:
+        """Name the tensors of a call."""
+        given = iter(tensors)
+        return cls(
+            Centers(*itertools.islice(given, len(Centers._fields))),
+            Index(*itertools.islice(given, len(Index._fields))),
+            next(given) if model.can_overflow else None,
+            next(given) if model.three_body is not None else None,
+        )
+
+    @property
+    def tensors(self) -> Tensors:
+        """All, in the order of a call."""
+        at_hand = (x for x in (self.saturated, self.types_of_pairs) if x is not None)
+        return (*self.repinit, *self.neighbors, *at_hand)
+
+    @property
+    def before_repformer(self) -> Tensors:
+        """What the first stage and the three-body block read."""
+        return (*self.repinit, *(() if self.types_of_pairs is None else (self.types_of_pairs,)))
 
 
 @dataclass(frozen=True)
@@ -216,13 +249,16 @@ class DPA2:
         (layout,) = self.repinit.matrices(inputs, pairs, [atoms])
         layout, neighbors = _extended(layout, inputs, pairs.inner[0], self.repformer.environment.rcut)
         neighbors = row[neighbors]
-        tensors = [*layout.tensors, neighbors, *Index.of(neighbors.flatten(), inputs.n_atoms)[1:]]
-        if self.can_overflow:
-            tensors.append(self.repformer.saturated(layout.displacements[1]))
+        given = Given(
+            Centers(*layout.tensors),
+            Index.of(neighbors.flatten(), inputs.n_atoms)._replace(rows=neighbors),
+            self.repformer.saturated(layout.displacements[1]) if self.can_overflow else None,
+            None,
+        )
         if self.three_body is not None:
             layout, neighbors = _extended(layout, inputs, pairs.inner[1], self.three_body.environment.rcut)
-            tensors.append(inputs.types[neighbors])
-        return [replace(layout, tensors=tuple(tensors))]
+            given = given._replace(types_of_pairs=inputs.types[neighbors])
+        return [replace(layout, tensors=given.tensors)]
 
     def __call__(
         self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
@@ -234,15 +270,14 @@ class DPA2:
         displacements
             one array per block, shape (n, m, 3), Å.
         tensors
-            those of `DPA1`; neighbours (n, m) of the repformer, and the rest of their `Index`; with
-            `can_overflow` its saturated slots (n, m); types (n, m) of the neighbours in the three-body block.
+            members of `Given`, one after the other.
 
         Returns
         -------
         descriptor, shape (n, width), and types, shape (n,)
         """
-        division = Division(None, (tensors[_N_REPINIT : _N_REPINIT + 3],))
-        return self._evaluate(displacements, tensors, division, weights, directly)
+        given = Given.of(self, tensors)
+        return self._evaluate(displacements, given, Division(None, (given.neighbors,)), weights, directly)
 
     def is_large(self, layout: Layout) -> bool:
         """Whether what all layers keep for the derivative is too much for one call of the graph."""
@@ -257,30 +292,29 @@ class DPA2:
         """Do what `__call__` does layer after layer, and in a layer some centres after the others."""
         n_filled = _n_filled(displacements[1], self.repformer.environment.rcut)
         n_entries = at_once(_ENTRIES_OF_PART, n_filled.device)
-        division = Division.of(tensors[_N_REPINIT], n_filled, n_entries)
-        return self._evaluate(displacements, tensors, division, weights, call)
+        given = Given.of(self, tensors)
+        division = Division.of(given.neighbors.rows, n_filled, n_entries)
+        return self._evaluate(displacements, given, division, weights, call)
 
     def _evaluate(
         self,
         displacements: tuple[Tensor, ...],
-        tensors: tuple[Tensor, ...],
+        given: Given,
         division: Division,
         weights: Weights,
         call: Call,
     ) -> tuple[Tensor, Tensor]:
         far, near, *of_pairs = (array.to(self.dtype) for array in displacements)
-        own, further = tensors[:_N_REPINIT], list(tensors[_N_REPINIT + 3 :])
-        saturated = further.pop(0) if self.can_overflow else None
         before = BeforeRepformer(self, in_parts=division.sizes is not None)
         mine = {name: weights[name] for name in weights if before.reads(name)}
         varied = zip(*map(division.of_centers, (far, *of_pairs)), strict=True)
-        fixed = zip(*map(division.of_centers, (*own, *further)), strict=True)
+        fixed = zip(*map(division.of_centers, given.before_repformer), strict=True)
         parts = list(zip(varied, fixed, strict=True))
         if division.sizes is not None:
             parts = [before.without_empty_slots(*part) for part in parts]
         g1 = joined([call(before, *part, mine)[0] for part in parts])
-        types = tensors[0]
-        g1 = self.repformer(g1, types, near, division, saturated, weights, call)
+        types = given.repinit.types
+        g1 = self.repformer(g1, types, near, division, given.saturated, weights, call)
         if self.concat_output_tebd:
             g1 = torch.cat([g1, lookup(weights["descriptor.type_embedding"], types)], dim=1)
         return g1, types
@@ -319,27 +353,33 @@ class BeforeRepformer:
 
     def without_empty_slots(self, varied: Tensors, fixed: Tensors) -> tuple[Tensors, Tensors]:
         """Arguments with as many slots as the centres fill at most."""
-        (far, *of_pairs), own, further = varied, list(fixed[:_N_REPINIT]), fixed[_N_REPINIT:]
+        (far, *of_pairs), (centers, *types_of_pairs) = varied, _with_centers(fixed)
         width = _width(far, self.model.rcut)
-        own[_PAIR_TYPES] = own[_PAIR_TYPES][:, :width]
+        centers = centers._replace(pair=centers.pair[:, :width])
         far = far[:, :width]
         if self.model.three_body is not None:
             width = _width(of_pairs[0], self.model.three_body.environment.rcut)
-            of_pairs, further = [of_pairs[0][:, :width]], (further[0][:, :width],)
-        return (far, *of_pairs), (*own, *further)
+            of_pairs, types_of_pairs = ([x[:, :width] for x in own] for own in (of_pairs, types_of_pairs))
+        return (far, *of_pairs), (*centers, *types_of_pairs)
 
     def __call__(self, varied: Tensors, fixed: Tensors, weights: Weights, keep: Keep) -> Tensors:
         """Evaluate on weights as `DPA2.prepare` makes them."""
-        (far, *of_pairs), own, further = varied, fixed[:_N_REPINIT], fixed[_N_REPINIT:]
+        (far, *of_pairs), (centers, *types_of_pairs) = varied, _with_centers(fixed)
         model = self.model
-        g1, types = model.repinit((far,), own, weights, keep if self.in_parts else None)
+        g1, types = model.repinit((far,), centers, weights, keep if self.in_parts else None)
         if model.three_body is not None:
-            g1 = torch.cat([g1, model.three_body(types, of_pairs[0], further[0], weights)], dim=1)
+            g1 = torch.cat([g1, model.three_body(types, of_pairs[0], types_of_pairs[0], weights)], dim=1)
         if model.is_transformed:
             g1 = g1 @ weights["descriptor.g1_shape_tranform.w"]
         if model.add_type_to_repinit:
             g1 = g1 + lookup(weights["descriptor.type_shift"], types)
         return (g1,)
+
+
+def _with_centers(tensors: Tensors) -> tuple[Centers, *Tensors]:
+    """Name what the first stage reads."""
+    n = len(Centers._fields)
+    return (Centers(*tensors[:n]), *tensors[n:])
 
 
 def _repinit(
