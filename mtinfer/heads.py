@@ -49,6 +49,12 @@ class HeadState:
         """Graph of the whole model."""
         return self.stages.whole
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Lowest precision that takes part in its networks: float64 or float32."""
+        dtypes = {weight.dtype for group in self.weights for weight in group}
+        return torch.float32 if torch.float32 in dtypes else torch.float64
+
     def named(self, group: int) -> dict[str, Tensor]:
         """Weights of a group by name."""
         return dict(zip(self.weight_names, self.weights[group], strict=True))

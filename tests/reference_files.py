@@ -15,7 +15,6 @@ import torch
 
 from mtinfer import Potential, Prediction
 from mtinfer.checkpoint.peek import peek
-from mtinfer.testing import precision
 
 DATA = Path(__file__).parent / "data"
 FILES = sorted(DATA.glob("**/checkpoints/*.pt"))
@@ -102,7 +101,7 @@ def require_agreement(potential: Potential, head: str, path: Path) -> list[Predi
     """Compare the numbers of all structures of a file, evaluated in one batch."""
     pairs = expected(path, head)
     predictions = potential.evaluate([atoms for atoms, _ in pairs], head)
-    accepted = ACCEPTED[precision(potential.head(head))]
+    accepted = ACCEPTED[potential.head(head).precision]
     for (atoms, numbers), prediction in zip(pairs, predictions, strict=True):
         require_close(prediction, numbers, accepted, atoms.info["name"])
     return predictions

@@ -12,7 +12,6 @@ from reference_files import DATA, SE_E2_A, SHARED, STRIP, expected
 
 import mtinfer
 from mtinfer.errors import PredictionWarning, StructureError, UnknownHeadError
-from mtinfer.testing import precision
 
 DPA2 = DATA / "reference/checkpoints/dpa2-separate-pt.pt"
 DPA3 = DATA / "reference/checkpoints/dpa3-shared-pt.pt"
@@ -29,7 +28,7 @@ def require_energies(potential: mtinfer.Potential, path: Path, leads: tuple[str,
         for head, energies in together.items():
             single = [prediction.energy for prediction in potential.evaluate(structures, head)]
             sizes = np.array([len(atoms) for atoms in structures])
-            accepted = 1e-10 if precision(potential.head(head)) == torch.float64 else 2e-6
+            accepted = 1e-10 if potential.head(head).precision == torch.float64 else 2e-6
             np.testing.assert_allclose(energies / sizes, single / sizes, rtol=accepted, atol=accepted)
 
 

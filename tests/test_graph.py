@@ -41,7 +41,6 @@ from mtinfer.graph import Compilation, CompileMode, SharedGraph, _compilers, _st
 from mtinfer.graph_store import GraphStore, cache_directory, graph_key
 from mtinfer.loaded_graph import LoadedGraph
 from mtinfer.models.layout import Argument
-from mtinfer.testing import precision
 
 
 @pytest.fixture
@@ -137,7 +136,7 @@ def test_one_graph_for_all_heads_sizes_and_steps(
 ) -> None:
     potential = mtinfer.load(path, device="cpu", compile="wait")
     assert len(potential.heads) == 3
-    is_single = precision(potential.head("water")) == torch.float32
+    is_single = potential.head("water").precision == torch.float32
     of_energy, of_forces = (1e-7, 1e-5) if is_single else (1e-12, 1e-10)
     for head, n_atoms, periodic in itertools.product(potential.heads, (1, 2, 31, 96), (False, True)):
         atoms = structure(head, n_atoms, periodic=periodic)

@@ -19,7 +19,6 @@ from mtinfer.graph import SharedGraph, _require_declared
 from mtinfer.models.layers import Weights
 from mtinfer.models.stage import Stage, Tensors, derivative, directly, value
 from mtinfer.stage_graphs import StageGraphs
-from mtinfer.testing import precision
 
 #: largest difference of energies, atomic energies, forces and virials
 ACCEPTED = {torch.float64: 1e-9, torch.float32: 2e-4}
@@ -41,7 +40,7 @@ def predictions(potential: Potential, path: Path, head: str) -> list[Prediction]
 
 
 def require_same(potential: Potential, head: str, got: list[Prediction], wanted: list[Prediction]) -> None:
-    accepted = ACCEPTED[precision(potential.head(head))]
+    accepted = ACCEPTED[potential.head(head).precision]
     for mine, theirs in zip(got, wanted, strict=True):
         for name in ("energy", "atom_energy", "forces", "virial"):
             value = getattr(theirs, name)

@@ -19,7 +19,7 @@ from mtinfer.inputs import Prediction
 from mtinfer.models.tabulated import CLOSEST, ChebyshevSeries, covers, tabulated
 from mtinfer.neighbors import find_candidates
 from mtinfer.random_checkpoint import write_random_checkpoint
-from mtinfer.testing import check_conformance, precision
+from mtinfer.testing import check_conformance
 
 #: eV, eV/Å, eV per atom
 ACCEPTED = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -53,7 +53,7 @@ def test_series_equal_the_nets(path: Path, eager: Callable[..., mtinfer.Potentia
         return
     n_covered = 0
     for head in series.heads:
-        accepted = ACCEPTED[precision(exact.head(head))]
+        accepted = ACCEPTED[exact.head(head).precision]
         for atoms, _ in expected(path, head):
             n_covered += is_covered(series, atoms, head)
             require_close(series.evaluate(atoms, head), exact.evaluate(atoms, head), accepted)

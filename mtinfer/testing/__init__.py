@@ -27,7 +27,7 @@ from .checks import (
     check_virial,
 )
 from .deviations import TOLERANCES, Tolerance
-from .structures import example_structure, precision
+from .structures import example_structure
 
 __all__ = [
     "CONFORMANCE",
@@ -52,5 +52,4 @@ __all__ = [
     "check_supercell",
     "check_virial",
     "example_structure",
-    "precision",
 ]

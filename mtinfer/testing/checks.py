@@ -23,7 +23,6 @@ from .structures import (
     any_element,
     example_structure,
     inputs_of,
-    precision,
     structures_of_all_kinds,
     with_parameters,
 )
@@ -58,7 +57,7 @@ def _five_point(
 
 def _float64_state(potential: Potential, head: str) -> HeadState:
     state = potential.head(head)
-    if precision(state) != torch.float64:
+    if state.precision != torch.float64:
         raise ValueError(
             f"head {head!r} computes in float32, where finite differences say little; "
             "give a potential loaded with dtype='float64'"
@@ -110,7 +109,7 @@ def check_permutation(potential: Potential, head: str) -> None:
     statistics that are not zero, empty slots read the element of the first atom, as they do in training.
     """
     state = potential.head(head)
-    tolerance = TOLERANCES[precision(state)].order
+    tolerance = TOLERANCES[state.precision].order
     atoms = example_structure(potential, head)
     numbers = atoms.numbers
     order = np.random.default_rng(1).permutation(len(atoms))
@@ -125,7 +124,7 @@ def check_permutation(potential: Potential, head: str) -> None:
 def check_rotation(potential: Potential, head: str) -> None:
     """Energies are invariant, forces and virials turn with the structure; proper and mirrored rotations."""
     state = potential.head(head)
-    tolerance = TOLERANCES[precision(state)].order
+    tolerance = TOLERANCES[state.precision].order
     rotation = np.linalg.qr(np.random.default_rng(2).normal(size=(3, 3)))[0]
     for turn, pbc in ((rotation, True), (-rotation, True), (rotation, False)):
         atoms = example_structure(potential, head, pbc=pbc)
@@ -140,7 +139,7 @@ def check_rotation(potential: Potential, head: str) -> None:
 def check_lattice_translation(potential: Potential, head: str) -> None:
     """Nothing changes when atoms move by lattice vectors, each by its own, and all by one vector."""
     state = potential.head(head)
-    tolerance = TOLERANCES[precision(state)].order
+    tolerance = TOLERANCES[state.precision].order
     for pbc in (True, False):
         atoms = example_structure(potential, head, pbc=pbc)
         moved = atoms.copy()
@@ -155,7 +154,7 @@ def check_lattice_translation(potential: Potential, head: str) -> None:
 def check_supercell(potential: Potential, head: str) -> None:
     """A repeated cell has the energies and forces of the cell in every copy."""
     state = potential.head(head)
-    tolerance = TOLERANCES[precision(state)].order
+    tolerance = TOLERANCES[state.precision].order
     atoms = example_structure(potential, head)
     original, got = _evaluate(potential, [atoms, atoms.repeat((2, 1, 3))], state)
     expected = replace(
@@ -176,13 +175,13 @@ def check_batch(potential: Potential, head: str) -> None:
     batch = _evaluate(potential, structures, state, batched=True)
     for atoms, got, expected in zip(structures, batch, singles, strict=True):
         what = f"batch, {len(atoms)} atoms, pbc={atoms.pbc.tolist()}"
-        require_same(what, got, expected, TOLERANCES[precision(state)].order)
+        require_same(what, got, expected, TOLERANCES[state.precision].order)
 
 
 def check_single_atom(potential: Potential, head: str) -> None:
     """One atom feels no force: alone, wherever it stands, and among its own images along one axis."""
     state = potential.head(head)
-    tolerance = TOLERANCES[precision(state)].order
+    tolerance = TOLERANCES[state.precision].order
     edge = state.model.rcut * np.array([[0.6, 0.0, 0.0], [0.1, 3.0, 0.0], [0.0, 0.0, 3.0]])
     symbols = example_structure(potential, head).symbols[:3]
     alone = [with_parameters(ase.Atoms([symbol], [[0.3, 0.0, -7.0]]), state) for symbol in symbols]
@@ -204,7 +203,7 @@ def check_single_atom(potential: Potential, head: str) -> None:
 def check_no_neighbors(potential: Potential, head: str) -> None:
     """Atoms out of each other's reach have the energies of single atoms and no forces."""
     state = potential.head(head)
-    tolerance = TOLERANCES[precision(state)].order
+    tolerance = TOLERANCES[state.precision].order
     apart = np.array([[0.0, 0.0, 0.0], [0.0, 1.01 * state.model.rcut, 0.0]])
     symbols = example_structure(potential, head).symbols[:3]
     pairs = [with_parameters(ase.Atoms([symbol] * 2, apart), state) for symbol in symbols]
@@ -220,7 +219,7 @@ def check_no_neighbors(potential: Potential, head: str) -> None:
 def check_mixed_periodicity(potential: Potential, head: str) -> None:
     """Axes are periodic one by one; an axis that is not has no images, whatever its cell vector."""
     state = potential.head(head)
-    tolerance = TOLERANCES[precision(state)].order
+    tolerance = TOLERANCES[state.precision].order
     for pbc in ((True, True, False), (False, True, False)):
         atoms = example_structure(potential, head, pbc=pbc)
         atoms.positions += 2.5 * atoms.cell.array[2]
@@ -289,7 +288,7 @@ def check_compiled_equals_eager(potential: Potential, head: str) -> None:
     if not own.is_compiled:
         raise AssertionError("no compiled graph could be had")
     for atoms, got, expected in zip(structures, results["wait"], results["off"], strict=True):
-        require_same(f"compiled, {len(atoms)} atoms", got, expected, TOLERANCES[precision(state)].compiled)
+        require_same(f"compiled, {len(atoms)} atoms", got, expected, TOLERANCES[state.precision].compiled)
 
 
 def check_parts(potential: Potential, head: str) -> None:
@@ -297,7 +296,7 @@ def check_parts(potential: Potential, head: str) -> None:
     state = potential.head(head)
     if not isinstance(state.model.descriptor, InParts):
         return
-    graph, tolerance = state.graph, TOLERANCES[precision(state)].order
+    graph, tolerance = state.graph, TOLERANCES[state.precision].order
     eager = StageGraphs(replace(graph, compilation=Compilation("off")))
     for atoms in structures_of_all_kinds(potential, head):
         layouts, _ = state.model.layouts(inputs_of(potential, atoms, state))
@@ -315,7 +314,7 @@ def check_energies(potential: Potential, head: str) -> None:
     state, structures = potential.head(head), structures_of_all_kinds(potential, head)
     got = potential.energies(structures, [head])[state.name]
     expected = [prediction.energy for prediction in _evaluate(potential, structures, state)]
-    require_close("energies without derivatives", got, expected, TOLERANCES[precision(state)].order)
+    require_close("energies without derivatives", got, expected, TOLERANCES[state.precision].order)
 
 
 def check_errors(potential: Potential, head: str) -> None:

@@ -26,12 +26,6 @@ _SKEW = np.array([[1.0, 0.0, 0.0], [0.2, 0.95, 0.0], [-0.15, 0.25, 1.05]])
 _CORNERS = np.array(list(itertools.product((0.2, 0.7), repeat=3)))
 
 
-def precision(state: HeadState) -> torch.dtype:
-    """Lowest precision that takes part in the networks of a head: float64 or float32."""
-    dtypes = {weight.dtype for group in state.weights for weight in group}
-    return torch.float32 if torch.float32 in dtypes else torch.float64
-
-
 def example_structure(
     potential: Potential, head: str, *, pbc: bool | Sequence[bool] = True, n_atoms: int = 6
 ) -> ase.Atoms:

@@ -25,7 +25,6 @@ from ..inputs import Prediction
 from ..loading import load
 from ..parameters import aparam_of, charge_spin_of, fparam_of
 from ..potential import Potential
-from ..testing import precision
 from .batch import make_batch
 from .step import predict
 
@@ -119,7 +118,7 @@ def verify(
 def _compare(
     state: HeadState, way: str, found: Sequence[Prediction], expected: Sequence[Prediction]
 ) -> Difference:
-    dtype = precision(state)
+    dtype = state.precision
     worst, accepted = [0.0, 0.0, 0.0], True
     for got, want in zip(found, expected, strict=True):
         n_atoms = len(want.atom_energy)
