@@ -231,10 +231,7 @@ def finetuned(path: Path, head: str | None, plan: Plan, weights: AllWeights) -> 
             own["out_bias"] = other["out_bias"].clone()
         if same and _CASE in own and len(plan.tasks) == 1:  # several tasks must differ in it
             own[_CASE] = other[_CASE].to(own[_CASE].dtype).clone()
-    owners = Owners(plan.config.links)
-    for name_of_head, own in weights.items():
-        for name in own:
-            own[name] = weights[owners(name_of_head, name)][name]
+    weights.update(Owners(plan.config.links).joined(weights))
 
 
 def _of_types(record: HeadRecord, task: Task) -> Mapping[str, Tensor]:

@@ -145,7 +145,7 @@ class Trainer:
         weights, observed = self.ranks.from_first(first)
         n_tasks = len(self.plan.tasks)
         errors = torch.zeros(n_tasks, 2, 3, dtype=torch.float64)
-        return RunState(0, _joined(weights, self._owners), {}, [], errors, None, observed)
+        return RunState(0, self._owners.joined(weights), {}, [], errors, None, observed)
 
     def _first_weights(self, start: Start) -> tuple[AllWeights, dict[str, list[str]]]:
         plan = self.plan
@@ -441,11 +441,6 @@ def _graphs(plan: Plan, weights: AllWeights, mode: CompileMode) -> dict[str, Tra
         if key not in made:
             made[key] = TrainingStep(task.model, weights[task.name], mode)
     return {task.name: made[signature(task.model)] for task in plan.tasks}
-
-
-def _joined(weights: AllWeights, owners: Owners) -> AllWeights:
-    """Make heads that share a weight hold one tensor again, after copying."""
-    return {head: {name: weights[owners(head, name)][name] for name in own} for head, own in weights.items()}
 
 
 def _on_device(weights: AllWeights, device: torch.device) -> AllWeights:

@@ -41,15 +41,20 @@ class Owners:
     """Which head's tensor a weight is, told from the links of the input."""
 
     def __init__(self, links: Sequence[Link]) -> None:
-        self._links = links
+        self._links = [(link.part, link.heads[0][0], dict(link.heads)) for link in links]
 
     def __call__(self, head: str, name: str) -> str:
         """Head whose tensor `head` uses for a weight: the base of the link, or itself."""
-        for link in self._links:
-            levels = dict(link.heads)
-            if head in levels and shares(link.part, levels[head], name):
-                return link.heads[0][0]
+        for part, base, levels in self._links:
+            if head in levels and shares(part, levels[head], name):
+                return base
         return head
+
+    def joined(self, weights: AllWeights) -> AllWeights:
+        """Weights of which heads that share one hold the owner's tensor."""
+        return {
+            head: {name: weights[self(head, name)][name] for name in own} for head, own in weights.items()
+        }
 
 
 def shares(part: str, level: int, name: str) -> bool:
@@ -79,23 +84,15 @@ def initial_weights(config: TrainConfig, models: Mapping[str, EnergyModel]) -> A
 
     The draw of a weight depends on the seed, the head that owns it, and its name.
     """
-    owners = Owners(config.links)
     names = sorted(models)
-    weights: AllWeights = {}
-    for task in config.tasks:
-        own = weights[task.name] = {}
-        for name, spec in models[task.name].parameters().items():
-            owner = owners(task.name, name)
-            if owner != task.name:
-                own[name] = (
-                    weights[owner][name] if owner in weights else _drawn(config, owner, name, spec, names)
-                )
-            else:
-                own[name] = _drawn(config, owner, name, spec, names)
-    for task in config.tasks:  # a base may come after the heads that link to it
-        for name in weights[task.name]:
-            weights[task.name][name] = weights[owners(task.name, name)][name]
-    return weights
+    weights = {
+        task.name: {
+            name: _drawn(config, task.name, name, spec, names)
+            for name, spec in models[task.name].parameters().items()
+        }
+        for task in config.tasks
+    }
+    return Owners(config.links).joined(weights)
 
 
 def _drawn(config: TrainConfig, head: str, name: str, spec: ParameterSpec, heads: Sequence[str]) -> Tensor:
@@ -232,10 +229,7 @@ def set_statistics(
         for name in ("fparam", "aparam"):
             sums = merged([getattr(statistics[other], name) for other in fitted], shares_of)
             own |= parameter_weights(name, sums, model.fitting.dtype)
-    owners = Owners(config.links)
-    for own_head, own in weights.items():
-        for name in own:
-            own[name] = weights[owners(own_head, name)][name]
+    weights.update(Owners(config.links).joined(weights))
 
 
 def _linked(config: TrainConfig, prefix: str, head: str) -> list[str]:
