@@ -59,7 +59,7 @@ class OutputError(MtinferError):
 
 
 class GraphWarning(UserWarning):
-    """There is no compiled graph to be had or trusted, and results are eager ones; or it was not stored."""
+    """No compiled graph can be had or trusted, so that results are eager ones; or it could not be stored."""
 
 
 class PredictionWarning(UserWarning):

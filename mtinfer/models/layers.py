@@ -44,7 +44,7 @@ def precision(name: str) -> torch.dtype:
 
 
 class Sloped(NamedTuple):
-    """Values of a function of one variable x, and its derivative by x where they were taken: one shape."""
+    """Values of a function of one variable and, in the same shape, its derivatives there."""
 
     value: Tensor
     slope: Tensor

@@ -51,8 +51,8 @@ class Block:
     rcut: float
     rcut_smth: float
     protection: float
-    #: the mean stays zero
-    centred: bool
+    #: the mean is zero, whatever the data
+    zero_mean: bool
 
     @property
     def n_slots(self) -> int:
@@ -260,7 +260,7 @@ def environment_weights(block: Block, moments: Tensor, dtype: torch.dtype) -> di
     """Weights `mean` and `stddev` of a block, (n_types, n_slots, 4), from its sums (n_types, 2, 3)."""
     mean, std = mean_and_std(moments)
     row_mean = torch.zeros(moments.shape[0], 4, dtype=torch.float64)
-    if not block.centred:
+    if not block.zero_mean:
         row_mean[:, 0] = mean[:, 0]
     row_std = std[:, [0, 1, 1, 1]]
     return {

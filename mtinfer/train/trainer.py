@@ -124,7 +124,7 @@ class Trainer:
         self._observed = state.observed
         #: false and true, which processes average; made once
         self._flags = torch.tensor([0.0, 1.0], device=self.device).unbind()
-        self._none = torch.zeros(0, device=self.device)
+        self._no_centers = torch.zeros(0, device=self.device)
         #: task -> weights that its loss does not depend on
         self._without_effect: dict[str, frozenset[str]] = {}
         self._last_pictures = -math.inf
@@ -322,7 +322,7 @@ class Trainer:
     def _n_centers(self, task: Task, batch: Batch) -> Tensor:
         """Atoms of every type that has weights of its own, shape (n_types,) or (0,)."""
         if not self._of_centers[task.name]:
-            return self._none
+            return self._no_centers
         return torch.bincount(batch.types, minlength=len(task.model.type_map)).to(torch.float64)
 
     def _batch(self, k: int, index: int, system: System, chosen: tuple[int, ...]) -> Batch:
