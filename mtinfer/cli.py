@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
+from .console import if_shown
 from .errors import DataError, MtinferError
 from .train.commands import train, verify
 
@@ -62,7 +63,7 @@ class _Group(click.Group):
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    click.echo(f"mtinfer: warning: {message}", err=True)
+    if_shown(click.echo, f"mtinfer: warning: {message}", err=True)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

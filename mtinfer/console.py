@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["print_table"]
+__all__ = ["if_shown", "print_table"]
+
+
+def if_shown(write: Callable[..., object], *arguments: Any, **keywords: Any) -> None:
+    """Call what writes to the terminal; one that was closed, or a full disk behind it, is no error."""
+    with contextlib.suppress(OSError):
+        write(*arguments, **keywords)
 
 
 def print_table(table: Table) -> None:

@@ -84,7 +84,8 @@ def _with_own_lowerings(own: Mapping[Any, Callable[..., Any]]) -> Iterator[None]
     # nobody else has operators of this package
     chosen = {op: _here(f, lowerings[op]) if op in lowerings else f for op, f in own.items()}
     usual = {op: lowerings.get(op) for op in chosen}
-    lowerings.update(chosen)  # one by one: what other threads register meanwhile stays
+    # one by one: what others register meanwhile stays. The compiler's lock keeps a second thread of ours out
+    lowerings.update(chosen)
     try:
         yield
     finally:

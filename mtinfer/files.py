@@ -69,7 +69,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path).resolve()  # a link stays one
     check_output(path)
     try:
-        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{path.name[:40]}.", suffix=".part", dir=path.parent, ignore_cleanup_errors=True
+        ) as folder:
             partial = Path(folder) / path.name
             partial.touch()
             mode = partial.stat().st_mode  # as the user wants files to be; some writers make theirs private
@@ -84,14 +86,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def alone(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock file, which is there meanwhile and ends with its process.
-
-    Where it can't be made, or the file system has no locks, nobody is kept.
+    """Keep other processes out of a block; where the file system has no locks, nobody is kept out.
 
     Parameters
     ----------
+    path
+        file that is there meanwhile, of a name that nothing else has; its lock ends with the process.
     wait
-        for a process that holds it; else a BlockingIOError is raised.
+        whether to wait for a process that is in the block.
+
+    Raises
+    ------
+    BlockingIOError
+        Another process is in the block, and this one does not wait.
     """
     file = None
     if fcntl is not None:

@@ -174,7 +174,7 @@ def _say_what_is_waited_for(worker: threading.Thread) -> None:
 
 @dataclass
 class Compilation:
-    """When the graphs of a potential are compiled, which share this."""
+    """When graphs are compiled; all graphs of a potential have the same one."""
 
     #: see `CompileMode`
     mode: CompileMode
@@ -258,8 +258,14 @@ class SharedGraph:
 
     @property
     def mode(self) -> CompileMode:
-        """That of its compilation; "off" for good once it was given up."""
+        """That of its compilation; "off" once it was given up, until it is tried `again`."""
         return "off" if self._is_given_up else self.compilation.mode
+
+    def again(self) -> None:
+        """Try a graph again that was given up, as when there is a compiler by now."""
+        if self._is_given_up:
+            self._is_given_up = self._is_looked_up = False
+            self._workers.pop(os.getpid(), None)
 
     @property
     def is_compiled(self) -> bool:
@@ -299,7 +305,7 @@ class SharedGraph:
                 _require_compiler()  # at once: not after the calls that are eager in any case
             if compiled is None and compile_missing:
                 with _compilers.setdefault(os.getpid(), threading.Lock()), store.alone():
-                    if self.mode == "off":
+                    if self.mode not in ("wait", "background"):
                         self._workers.pop(os.getpid(), None)  # another may be wanted, later
                         return
                     compiled = self._compiled or _stored(store, device) or self._compile(store)

@@ -105,7 +105,7 @@ class Potential:
     def compile(self, mode: bool | CompileMode) -> None:
         """Choose when the graphs of all heads are compiled, as `mtinfer.load` has it.
 
-        Those that were given up, which a `GraphWarning` said, stay eager.
+        Those that were given up, which a `GraphWarning` said, are tried again.
 
         Raises
         ------
@@ -113,6 +113,8 @@ class Potential:
             There is no such mode.
         """
         self._compilation.mode = compile_mode(mode)
+        for graph in self.graphs:
+            graph.again()
 
     def head(self, name: str | None = None) -> HeadState:
         """Find a head by name or alias; None picks the only one of the file, or the one called ``Default``.

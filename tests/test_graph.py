@@ -776,6 +776,20 @@ def test_a_compilation_that_was_called_off_begins_again(store: Path, monkeypatch
     assert graph.is_compiled
 
 
+def test_a_graph_that_was_given_up_can_be_tried_again(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = small_graph("wait")
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    with pytest.warns(GraphWarning, match="no C\\+\\+ compiler"):
+        require_eager_numbers(graph, data())
+    require_eager_numbers(graph, data())
+    assert (graph.mode, graph.is_compiled) == ("off", False)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(SharedGraph, "_compile", lambda graph, store: small)
+    graph.again()
+    require_eager_numbers(graph, data())
+    assert (graph.mode, graph.is_compiled) == ("wait", True)
+
+
 def test_off_never_compiles(store: Path) -> None:
     graph = small_graph("off")
     for _ in range(10):

@@ -128,11 +128,11 @@ def _pack(
 
 
 def _digest(description: schema.Description, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Checksum of a description without its own, and of tensors with their names."""
+    """Checksum of a description without its own, and of tensors with their names and shapes."""
     (text,) = schema.serialize(replace(description, digest="")).values()
     digest = hashlib.sha256(text.encode(errors="surrogatepass"))
     for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(errors="surrogatepass"))
         digest.update(tensor.reshape(-1).numpy().data)
     return digest.hexdigest()
 

@@ -28,6 +28,18 @@ _LEGACY = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 CREATED = "expected a training checkpoint (.pt) or a file written by 'mtinfer convert' (.safetensors)"
 
 
+#: what `zipfile` raises of archives that are damaged
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    ValueError,  # names and lengths that are none
+)
+
+
 class StoredTensor(NamedTuple):
     """Entry of a safetensors header."""
 
@@ -84,18 +96,6 @@ def of_file(path: Path) -> Iterator[None]:
         if str(path) in str(err):
             raise
         raise CheckpointError(f"{str(path)!r}: {err}") from err
-
-
-#: what `zipfile` raises
-_DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    ValueError,  # names and lengths that are none
-)
 
 
 def read_pickle_bytes(path: Path) -> bytes:

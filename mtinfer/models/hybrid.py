@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,7 +35,7 @@ SINGLE: dict[str, DescriptorKind] = {
     "dpa3": DPA3,
 }
 
-#: neighbour slots of a member whose centres are independent of each other: most in one call on a CPU, the
+#: neighbour slots of all members whose centres are independent of each other: most in one call on a CPU, the
 #: bytes that a GPU has in memory for each (an estimate, of attention), and those that are evaluated together
 _LARGE = 100_000
 _MEMORY = 24_000
@@ -200,9 +201,19 @@ class Hybrid:
         return self._evaluate(displacements, tensors, weights, describe)
 
     def is_large(self, layout: Layout) -> bool:
-        """Whether one member's call would take too much memory."""
-        calls = self._divided(layout.displacements, layout.tensors)
-        return any(_is_large(call, layout) for of_member in calls for call in of_member)
+        """Whether one call of the graph would take too much memory."""
+        calls = list(itertools.chain(*self._divided(layout.displacements, layout.tensors)))
+        slots = [
+            array.shape[0] * array.shape[1]
+            for call in calls
+            for array in call.displacements
+            if not isinstance(call.member, InParts)
+        ]
+        return is_too_much(sum(slots), _LARGE, _MEMORY, layout.atoms.device) or any(
+            call.member.is_large(replace(layout, displacements=call.displacements, tensors=call.tensors))
+            for call in calls
+            if isinstance(call.member, InParts)
+        )
 
     def in_parts(
         self, displacements: Tensors, tensors: Tensors, weights: Weights, call: Call
@@ -271,26 +282,16 @@ class Independent:
         return (features.to(torch.float64),)
 
 
-def _is_large(call: MemberCall, layout: Layout) -> bool:
-    if isinstance(call.member, InParts):
-        own = replace(layout, displacements=call.displacements, tensors=call.tensors)
-        return call.member.is_large(own)
-    n_slots = sum(array.shape[0] * array.shape[1] for array in call.displacements)
-    return is_too_much(n_slots, _LARGE, _MEMORY, layout.atoms.device)
-
-
 def _in_parts(call: MemberCall, weights: Weights, by: Call) -> tuple[Tensor, Tensor]:
     if isinstance(call.member, InParts):
         return call.member.in_parts(call.displacements, call.tensors, weights, by)
     types = call.tensors[0]
     n_slots = max(1, sum(array.shape[1] for array in call.displacements))
     n_rows = max(1, at_once(_ENTRIES_OF_PART, types.device) // n_slots)
-    varied, fixed = (
-        zip(*(array.split(n_rows) for array in arrays), strict=True)
-        for arrays in (call.displacements, call.tensors)
-    )
-    stage, parts = Independent(call.member), zip(varied, fixed, strict=True)
-    return joined([by(stage, *part, weights)[0] for part in parts]), types
+    varied = zip(*(array.split(n_rows) for array in call.displacements), strict=True)
+    fixed = zip(*(array.split(n_rows) for array in call.tensors), strict=True)
+    stage = Independent(call.member)
+    return joined([by(stage, *part, weights)[0] for part in zip(varied, fixed, strict=True)]), types
 
 
 def _class(config: Mapping[str, Any]) -> DescriptorKind:

@@ -292,7 +292,7 @@ def check_compiled_equals_eager(potential: Potential, head: str) -> None:
 
 
 def check_parts(potential: Potential, head: str) -> None:
-    """Models that pass messages give the same layer by layer, as large structures are evaluated."""
+    """Models that have parts give the same part by part, as large structures are evaluated."""
     state = potential.head(head)
     if not isinstance(state.model.descriptor, InParts):
         return

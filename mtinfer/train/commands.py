@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..console import if_shown
 from ..errors import ConfigError, OutputError, TrainingError
 from ..files import alone
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from .trainer import Shown, Trainer
 
 _FILE = click.Path(path_type=Path)
+#: file in the folder of a training that is there while it runs
+LOCK = ".mtinfer-train.lock"
 
 
 @click.command()
@@ -90,22 +94,23 @@ def train(
         stack.callback(ranks.leave)
         if ranks.is_first:
             try:
-                stack.enter_context(alone(output / ".lock", wait=False))
+                stack.enter_context(alone(output / LOCK, wait=False))
             except BlockingIOError as err:
                 raise OutputError(
                     f"{str(output)!r} is the folder of another training, which is running; choose another "
                     "--output (several processes of one training are started with torchrun)"
                 ) from err
-            click.echo("\n".join(describe_plan(plan)))
+            if_shown(click.echo, "\n".join(describe_plan(plan)))
         mode: Any = "wait" if compile_ == "on" else "off"
         trainer = Trainer(plan, output, start=start, mode=mode, ranks=ranks)
         finished = _run(trainer, plan, ranks, compiles=mode == "wait")
     if ranks.is_first:
         newest = trainer.keeper.newest
-        click.echo(
+        if_shown(
+            click.echo,
             f"wrote {newest}"
             if finished
-            else f"stopped at step {trainer.step}; resume with --resume {newest}"
+            else f"stopped at step {trainer.step}; resume with --resume {newest}",
         )
     if not finished:
         raise SystemExit(130)
@@ -137,27 +142,32 @@ def _run(trainer: Trainer, plan: Plan, ranks: Ranks, *, compiles: bool) -> bool:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=console, disable=not (console.is_terminal and ranks.is_first)
-    ) as progress:
-        total = plan.schedule.n_steps
-        bar = progress.add_task("compiling", total=total, completed=trainer.step)
+    progress = Progress(*columns, console=console, disable=not (console.is_terminal and ranks.is_first))
+    total = plan.schedule.n_steps
+    bar = progress.add_task("compiling", total=total, completed=trainer.step)
 
-        def tick(step: int) -> None:
-            progress.update(bar, completed=step, description="training")
+    def tick(step: int) -> None:
+        if_shown(progress.update, bar, completed=step, description="training")
 
-        def say(line: str) -> None:
-            progress.console.print(line, highlight=False) if console.is_terminal else click.echo(line)
+    def say(line: str) -> None:
+        if console.is_terminal:
+            if_shown(progress.console.print, line, highlight=False)
+        else:
+            if_shown(click.echo, line)
 
-        def shown(report: Shown) -> None:
-            for line in report_lines(report, total):
-                say(line)
+    def shown(report: Shown) -> None:
+        for line in report_lines(report, total):
+            say(line)
 
-        if ranks.is_first and not console.is_terminal and compiles:
-            say("compiling, up to a minute or two a graph …")
-        if ranks.is_first:
-            say("errors: root mean squares of energy per atom E (eV), force F (eV/Å), virial per atom V (eV)")
+    if ranks.is_first and not console.is_terminal and compiles:
+        say("compiling, the first time up to a minute or two a graph …")
+    if ranks.is_first:
+        say("errors: root mean squares of energy per atom E (eV), force F (eV/Å), virial per atom V (eV)")
+    progress.start()
+    try:
         return trainer.run(shown=shown, tick=tick)
+    finally:
+        if_shown(progress.stop)
 
 
 def report_lines(report: Shown, n_steps: int) -> list[str]:
@@ -208,8 +218,14 @@ def verify(checkpoint: Path, data: tuple[Path, ...], heads: tuple[str, ...], com
     frames = read_frames(data) if data else None
     found = list(compare(checkpoint, frames, heads=heads or None, compiled=compile_ == "on"))
     print_table(table(found))
-    if not all(difference.accepted for difference in found):
-        names = sorted({difference.head for difference in found if not difference.accepted})
+    differ, failed = (
+        sorted({one.head for one in found if not one.accepted and math.isnan(one.energy) == is_nan})
+        for is_nan in (False, True)
+    )
+    if differ:
+        raise TrainingError(f"the ways of evaluation differ for {', '.join(differ)}; please report this")
+    if failed:
         raise TrainingError(
-            f"the ways of evaluation differ, or one failed, for {', '.join(names)}; please report this"
+            f"not every way evaluates {', '.join(failed)}, as the warnings say; --compile off leaves out the "
+            "compiled one"
         )

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 #: what ``torchrun`` sets beside WORLD_SIZE, by which processes meet
 _MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-#: how long processes wait for one that compiles, takes statistics or draws; one that dies ends all at once
+#: how long processes wait for one that compiles, takes statistics or draws; torchrun ends all when one dies
 _PATIENCE = timedelta(hours=2)
 
 

@@ -47,6 +47,11 @@ class System:
         return tuple(sorted(int(k) for k in order[start : start + self.batch_size]))
 
 
+def elements(systems: Sequence[System]) -> set[str]:
+    """Chemical symbols that are in the frames."""
+    return {symbol for system in systems for frame in system.frames for symbol in frame.atoms.symbols}
+
+
 def load_systems(config: DataConfig, type_map: Sequence[str], folder: Path) -> list[System]:
     """Read the data of a task.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ..models import EnergyModel
 from ..models.environment import with_shortcut
 from ..options import NEIGHBOR_COUNTS
 from .plan import Plan, Task
-from .sampling import System
+from .sampling import elements
 from .saving import OWN_ENTRY, RunState
 from .statistics import energy_bias
 from .weights import AllWeights, Owners, trained_labels
@@ -33,8 +34,11 @@ __all__ = ["Start", "finetuned", "resumed", "shifted_bias"]
 
 #: entries of a head that decide what its weights mean and which of them are trained
 _FIXED = ("type_map", "descriptor", "fitting_net", "pair_exclude_types", "atom_exclude_types")
-#: the same, of entries that act on the start alone
+#: entries that act on the start alone, and would not act now
 _FIRST = ("preset_out_bias",)
+#: a difference of neighbour counts, and what to do where the data settled them
+_COUNT = re.compile(r"\.(sel|nsel|three_body_sel|e_sel|a_sel) was ")
+_HINT = " (numbers in place of auto, which other data settle otherwise)"
 _CASE = "fitting_net.case_embd"
 #: last part of a weight's name -> its axis that runs over the type map
 _AXIS_OF_TYPES = {"mean": 0, "stddev": 0, "out_bias": 1, "out_std": 1, "bias_atom_e": 0}
@@ -98,8 +102,7 @@ def resumed(path: Path, plan: Plan) -> RunState:
     if difference := next(_differences(checkpoint, own, plan), None):
         raise CheckpointError(
             f"{str(path)!r} can't be resumed: {difference}; use the input that it was trained with"
-            f"{' (numbers in place of auto, which other data settle otherwise)' if plan.counts else ''}, or "
-            "--finetune"
+            f"{_HINT if plan.counts and _COUNT.search(difference) else ''}, or --finetune"
         )
     step, n_steps = int(checkpoint.step or 0), plan.schedule.n_steps
     if step >= n_steps:
@@ -128,16 +131,11 @@ def resumed(path: Path, plan: Plan) -> RunState:
         ema=_stored_ema(content, plan),
         observed={
             task.name: sorted(
-                {*checkpoint.heads[task.name].config["info"]["observed_type"]}
-                | _elements(task.systems[len(drawn) :])
+                {*checkpoint.heads[task.name].config["info"]["observed_type"], *elements(task.systems)}
             )
-            for task, drawn in zip(plan.tasks, own["drawn"], strict=True)
+            for task in plan.tasks
         },
     )
-
-
-def _elements(systems: Sequence[System]) -> set[str]:
-    return {symbol for system in systems for frame in system.frames for symbol in frame.atoms.symbols}
 
 
 def _differences(checkpoint: Checkpoint, own: Mapping[str, Any], plan: Plan) -> Iterator[str]:

@@ -74,8 +74,6 @@ class TaskStatistics:
     aparam: Tensor
     #: Å, smallest distance of two atoms; -1 where no two are within the cutoff
     min_distance: float
-    #: elements in the data
-    observed: tuple[str, ...]
 
 
 def stat_blocks(model: EnergyModel, config: Mapping[str, Any]) -> list[Block]:
@@ -188,7 +186,6 @@ def collect(
     out_bias, out_std = energy_bias(
         frames, model.type_map, config["preset_out_bias"], excluded=model.atom_exclude_types
     )
-    seen = {symbol for frame in frames for symbol in frame.atoms.get_chemical_symbols()}
     return TaskStatistics(
         moments=moments,
         out_bias=out_bias,
@@ -196,7 +193,6 @@ def collect(
         fparam=_sums(torch.cat(fparam)),
         aparam=_sums(torch.cat(aparam)),
         min_distance=float(nearest_square.sqrt()) if nearest_square.isfinite() else -1.0,
-        observed=tuple(sorted(seen)),
     )
 
 

@@ -25,7 +25,7 @@ from .loss import Errors
 from .optimizer import Optimizer
 from .plan import Plan, Task
 from .ranks import Ranks
-from .sampling import Batches, Sampler, System
+from .sampling import Batches, Sampler, System, elements
 from .saving import Keeper, RunState
 from .starting import Start, finetuned, resumed, shifted_bias
 from .statistics import collect, times_drawn
@@ -55,7 +55,7 @@ class Shown:
     errors: dict[str, tuple[Errors | None, Errors | None]]
 
 
-#: seconds in which a signal counts as the one before: launchers and schedulers send it several times
+#: seconds from the first signal on in which others count as the same one, which launchers send several times
 _REPEATED = 2.0
 #: seconds between pictures of learning curves, whose drawing all processes wait for
 _BETWEEN_PICTURES = 60.0
@@ -142,12 +142,13 @@ class Trainer:
             self.keeper.go_on(start.resume, state.step)
             return state
         first = self._first_weights(start) if self.ranks.is_first else None
-        weights, observed = self.ranks.from_first(first)
+        weights = self._owners.joined(self.ranks.from_first(first))
         n_tasks = len(self.plan.tasks)
         errors = torch.zeros(n_tasks, 2, 3, dtype=torch.float64)
-        return RunState(0, self._owners.joined(weights), {}, [], errors, None, observed)
+        observed = {task.name: sorted(elements(task.systems)) for task in self.plan.tasks}
+        return RunState(0, weights, {}, [], errors, None, observed)
 
-    def _first_weights(self, start: Start) -> tuple[AllWeights, dict[str, list[str]]]:
+    def _first_weights(self, start: Start) -> AllWeights:
         plan = self.plan
         weights = initial_weights(plan.config, plan.models)
         found = {
@@ -159,7 +160,7 @@ class Trainer:
         if start.finetune is not None:
             finetuned(start.finetune, start.head, plan, weights)
             shifted_bias(plan, weights, self._residuals(weights))
-        return weights, {name: list(statistics.observed) for name, statistics in found.items()}
+        return weights
 
     def _residuals(self, weights: AllWeights) -> dict[str, list[Any]]:
         """Energy labels minus predictions, of the frames that statistics are made of."""
@@ -482,8 +483,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     try:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
-            if number is None or signal.getsignal(number) is signal.SIG_IGN:  # as `nohup` has it
-                continue
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                continue  # under `nohup`
             with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
                 before[number] = signal.signal(number, note)
         yield lambda: bool(asked)

@@ -288,6 +288,14 @@ def test_changed_configuration(converted: Path) -> None:
     raises_one_line(converted, "is damaged: its contents have another checksum; convert again")
 
 
+def test_changed_shape(converted: Path) -> None:
+    tensors = load_file(converted)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2 and len({*tensor.shape}) == 2)
+    tensors[name] = tensors[name].reshape(tensors[name].shape[::-1])
+    rewrite(converted, stored_text(converted), tensors)
+    raises_one_line(converted, "is damaged: its contents have another checksum; convert again")
+
+
 def test_newer_schema(converted: Path) -> None:
     rewrite(converted, stored_text(converted) | {"schema": 3})
     raises_one_line(converted, "has schema version 3, this mtinfer reads 2")

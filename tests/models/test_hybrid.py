@@ -9,6 +9,7 @@ import pytest
 from random_models import Weights, cluster, features, inputs_of, random_weights
 
 from mtinfer.errors import UnsupportedModelError
+from mtinfer.models.descriptor import InParts
 from mtinfer.models.hybrid import SINGLE, Hybrid
 
 TYPES = ("H", "O", "C")
@@ -73,6 +74,25 @@ def test_members_side_by_side(name: str) -> None:
         }
         alone.append(features(member, inputs_of(*cluster(11), member.rcut), own))
     np.testing.assert_allclose(together, np.concatenate(alone, axis=1), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_all_local_members_count_as_one_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtinfer.models.dpa2._LARGE", 1e9)
+    hybrid = build(COMBINATIONS[name])
+    inputs = inputs_of(*cluster(11), hybrid.rcut)
+    for layout in hybrid.layouts(inputs, hybrid.selection(inputs)):
+        local = [
+            array.shape[0] * array.shape[1]
+            for calls in hybrid._divided(layout.displacements, layout.tensors)
+            for call in calls
+            for array in call.displacements
+            if not isinstance(call.member, InParts)
+        ]
+        assert len(local) > 1
+        for limit, is_large in ((sum(local), False), (sum(local) - 1, True)):
+            monkeypatch.setattr("mtinfer.models.hybrid._LARGE", limit)
+            assert hybrid.is_large(layout) == is_large
 
 
 def test_one_fitting_net_as_soon_as_one_member_has_one() -> None:

@@ -18,7 +18,7 @@ import mtinfer
 from mtinfer.checkpoint.load import read
 from mtinfer.checkpoint.writer import convert
 from mtinfer.data import read_frames
-from mtinfer.errors import GraphWarning
+from mtinfer.errors import GraphWarning, TrainingError
 from mtinfer.train.commands import verify as verify_command
 from mtinfer.train.trainer import Trainer
 from mtinfer.train.verify import sample_structures, verify
@@ -137,10 +137,12 @@ def test_verify_does_not_take_eager_for_compiled(tmp_path: Path, monkeypatch: py
         pytest.warns(UserWarning, match="compiled does not evaluate head .*: there is no compiled graph"),
     ):
         found = list(verify(tmp_path / "model.ckpt.pt"))
-    assert {d.way: d.accepted for d in found if d.way != "deepmd-kit"} == {
-        "training": True,
-        "compiled": False,
-    }
+    accepted = {d.way: d.accepted for d in found if d.way != "deepmd-kit"}
+    assert accepted == {"training": True, "compiled": False}
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler|there is no compiled graph"):
+        result = CliRunner().invoke(verify_command, [str(tmp_path / "model.ckpt.pt")])
+    assert isinstance(result.exception, TrainingError)
+    assert str(result.exception).endswith("--compile off leaves out the compiled one")
 
 
 def test_verify_says_how_many_frames_it_compared(tmp_path: Path) -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ from tiny_inputs import DESCRIPTORS, FITTING, SYSTEMS, shared_input, training_in
 
 from mtinfer.cli import main
 from mtinfer.files import alone
+from mtinfer.train.commands import LOCK
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +56,39 @@ def test_processes_that_torchrun_did_not_start_are_told_so(
 
 def test_a_folder_is_that_of_one_training(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    with alone(tmp_path / "run/.lock"):  # as another process would
+    with alone(tmp_path / "run" / LOCK):  # as another process would
         fails_with("'.*run' is the folder of another training, which is running; choose", train(tmp_path))
     assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("n_read", [0, 2])
+def test_output_that_nobody_reads_ends_no_training(tmp_path: Path, n_read: int) -> None:
+    path = tmp_path / "input.json"
+    path.write_text(json.dumps(shared_input("dpa1strip", numb_steps=20, disp_freq=1)))
+    command = [sys.executable, "-m", "mtinfer", "train", path, "--output", tmp_path, "--compile", "off"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        for _ in range(n_read):
+            process.stdout.readline()
+        process.stdout.close()
+    assert (tmp_path / "model.ckpt-20.pt").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals")
+def test_a_closed_terminal_ends_a_training_with_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "input.json"
+    path.write_text(json.dumps(shared_input("dpa1strip", numb_steps=100_000, disp_freq=1)))
+    options = f"train {path} --output {tmp_path} --compile off"
+    command = [sys.executable, "-m", "mtinfer", *options.split()]
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(command[0], command)
+    while not (tmp_path / "lcurve.csv").exists() or (tmp_path / "lcurve.csv").read_text().count("\n") < 5:
+        os.read(terminal, 1000)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert list(tmp_path.glob("model.ckpt-*.pt"))
 
 
 def test_a_head_goes_with_fine_tuning(tmp_path: Path) -> None:
