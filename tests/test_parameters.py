@@ -94,6 +94,7 @@ def hybrid(*defaults: list[float]) -> dict[str, Any]:
         "rcut_smth": 1.0,
         "sel": 20,
         "neuron": [4, 8],
+        "axis_neuron": 4,
         "attn_layer": 0,
     }
     descriptor = {"type": "hybrid", "list": [attention, *members]}

@@ -135,9 +135,10 @@ def test_a_head_that_saw_no_element_is_refused(eager: Callable[..., mtinfer.Pote
 
 
 def test_a_net_too_steep_is_refused(tmp_path: Path) -> None:
+    radial = {"rcut": 4.0, "rcut_smth": 0.5, "neuron": [4, 8], "axis_neuron": 4}
     config = {
         "type_map": ["O", "H"],
-        "descriptor": {"type": "se_e2_a", "rcut": 4.0, "rcut_smth": 0.5, "sel": [20, 20], "neuron": [4, 8]},
+        "descriptor": {"type": "se_e2_a", "sel": [20, 20], **radial},
         "fitting_net": {"type": "ener", "neuron": [8]},
     }
     path = tmp_path / "steep.pt"

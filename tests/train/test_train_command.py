@@ -77,11 +77,12 @@ def test_output_that_nobody_reads_ends_no_training(tmp_path: Path, n_read: int) 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals")
 def test_a_closed_terminal_ends_a_training_with_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "input.json"
-    path.write_text(json.dumps(shared_input("dpa1strip", numb_steps=100_000, disp_freq=1)))
+    path.write_text(json.dumps(shared_input("dpa1strip", numb_steps=5000, disp_freq=1)))
     options = f"train {path} --output {tmp_path} --compile off"
     command = [sys.executable, "-m", "mtinfer", *options.split()]
     child, terminal = pty.fork()
     if not child:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup
         os.execv(command[0], command)
     while not (tmp_path / "lcurve.csv").exists() or (tmp_path / "lcurve.csv").read_text().count("\n") < 5:
         os.read(terminal, 1000)

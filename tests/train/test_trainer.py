@@ -345,7 +345,7 @@ def test_a_signal_that_is_sent_again_at_once_is_one(tmp_path: Path, monkeypatch:
         save = trainer.keeper.save
 
         def interrupted(state: RunState) -> None:
-            os.kill(os.getpid(), signal.SIGHUP)  # as launchers do, while the checkpoint is written
+            os.kill(os.getpid(), signal.SIGINT)  # as launchers do, while the checkpoint is written
             save(state)
 
         monkeypatch.setattr(trainer.keeper, "save", interrupted)
