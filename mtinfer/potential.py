@@ -321,7 +321,7 @@ class Potential:
         """Evaluate a head on prepared inputs, one prediction per structure."""
         if state.exact is not None and not covers(state.model.descriptor, inputs):
             state = state.exact
-        state.graph.compilation.n_answers += 1
+        self._compilation.n_answers += 1
         layouts = self._layouts(inputs, state)
         energies = state.bias[inputs.types]
         gradients = []

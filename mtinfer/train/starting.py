@@ -36,8 +36,9 @@ __all__ = ["Start", "finetuned", "resumed", "shifted_bias"]
 _FIXED = ("type_map", "descriptor", "fitting_net", "pair_exclude_types", "atom_exclude_types")
 #: entries that act on the start alone, and would not act now
 _FIRST = ("preset_out_bias",)
-#: a difference of neighbour counts, and what to do where the data settled them
-_COUNT = re.compile(r"\.(sel|nsel|three_body_sel|e_sel|a_sel) was ")
+#: neighbour counts, how a difference of one reads, and what to do where the data settled it
+_COUNTS = {key for counts in NEIGHBOR_COUNTS.values() for _, key, _ in counts}
+_COUNT = re.compile(rf"\.({'|'.join(sorted(_COUNTS))}) was ")
 _HINT = " (numbers in place of auto, which other data settle otherwise)"
 _CASE = "fitting_net.case_embd"
 #: last part of a weight's name -> its axis that runs over the type map
@@ -47,7 +48,7 @@ _EMBEDDING = "type_embedding.layers.0.w"
 #: weights of a fitting net that say what the input says
 _OF_INPUT = (_CASE, "fitting_net.default_fparam_tensor")
 #: keys of a descriptor that fine-tuning may change: neighbour counts, and what is no part of its formula
-_FREE = {key for counts in NEIGHBOR_COUNTS.values() for _, key, _ in counts} | {
+_FREE = _COUNTS | {
     "precision",
     "trainable",
     "trainable_ln",

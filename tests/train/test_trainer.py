@@ -784,6 +784,21 @@ def test_only_the_input_that_was_trained_is_resumed(
     assert str(caught.value).endswith("; use the input that it was trained with, or --finetune")
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_counts_that_the_data_settle_otherwise_are_to_be_written(tmp_path: Path) -> None:
+    given = shared_input("dpa1strip", numb_steps=1)
+    given["model"]["shared_dict"]["desc"]["sel"] = "auto"
+    Trainer(plan_of(given), tmp_path, mode="off").run()
+    given["training"]["numb_steps"] = 2
+    for change, hint in (("auto:3.0", True), ("auto", False)):
+        given["model"]["shared_dict"]["desc"]["sel"] = change
+        if not hint:
+            reversed_heads(given)
+        with pytest.raises(CheckpointError) as caught:
+            Trainer(plan_of(given), tmp_path, start=Start(resume=tmp_path / "model.ckpt-1.pt"), mode="off")
+        assert ("numbers in place of auto" in str(caught.value)) == hint
+
+
 def test_a_checkpoint_of_an_older_deepmd_kit_is_none_to_resume(tmp_path: Path) -> None:
     trained(tmp_path, 2)
     path = tmp_path / "model.ckpt-2.pt"
