@@ -243,6 +243,8 @@ NEIGHBOR_COUNTS: dict[str, tuple[tuple[str | None, str, str], ...]] = {
     ),
     "dpa3": (("repflow", "e_sel", "e_rcut"), ("repflow", "a_sel", "a_rcut")),
 }
+#: their names
+COUNT_KEYS = frozenset(key for counts in NEIGHBOR_COUNTS.values() for _, key, _ in counts)
 HYBRID = Section({"type": REQUIRED, "list": REQUIRED})
 
 FITTING = Section(
@@ -280,6 +282,7 @@ HEAD = Section(
         "srtab_add_bias": True,
         "type": "standard",
         "model_branch_alias": [],
+        "finetune_head": ABSENT,
         "info": {},
         "bridging_method": "None",
         "bridging_r_inner": 0.5,
@@ -289,6 +292,5 @@ HEAD = Section(
     refused={
         **unsupported("modifier spin hessian_mode compress use_srtab smin_alpha sw_rmin sw_rmax"),
         "type_embedding": "is not supported; a descriptor has its own embedding of types (tebd_dim)",
-        "finetune_head": "is not supported; give --finetune CHECKPOINT --head HEAD to mtinfer train",
     },
 )

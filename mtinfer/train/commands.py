@@ -29,8 +29,12 @@ LOCK = ".mtinfer-train.lock"
 @click.option("--check", is_flag=True, help="Check the input, print the plan, and train nothing.")
 @click.option("--output", type=_FILE, default=Path(), help="Folder for checkpoints and curves  [default: .].")
 @click.option("--resume", type=_FILE, help="Go on from this checkpoint of the same input.")
-@click.option("--finetune", type=_FILE, help="Start from a head of this checkpoint.")
-@click.option("--head", "--model-branch", help="Head to start from (with --finetune).")
+@click.option("--finetune", type=_FILE, help="Start from heads of this checkpoint.")
+@click.option(
+    "--head",
+    "--model-branch",
+    help="Head that all tasks start from  [default: finetune_head of each task, or its name].",
+)
 @click.option("--force", is_flag=True, help="Replace the files of an earlier training in the output folder.")
 @click.option("--steps", type=click.IntRange(min=1), help="Number of steps  [default: that of the input].")
 @click.option("--device", help="Torch device  [default: cuda where there is one, else cpu].")
@@ -103,6 +107,8 @@ def train(
             if_shown(click.echo, "\n".join(describe_plan(plan)))
         mode: Any = "wait" if compile_ == "on" else "off"
         trainer = Trainer(plan, output, start=start, mode=mode, ranks=ranks)
+        for name, origin in trainer.origins.items():
+            if_shown(click.echo, f"task {name} {origin}")
         finished = _run(trainer, plan, ranks, compiles=mode == "wait")
     if ranks.is_first:
         newest = trainer.keeper.newest

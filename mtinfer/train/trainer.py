@@ -16,18 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.frame import Frame
 from ..errors import OutputError, PredictionWarning, TrainingError, user_level
 from ..graph import CompileMode
 from ..potential import truncation
 from .batch import Batch
 from .curves import CURVE, LearningCurve, picture_name, plot_curve, read_curve
+from .fine_tuning import Origin, finetuned, refuse_heads, shifted_bias
 from .loss import Errors
 from .optimizer import Optimizer
 from .plan import Plan, Task
 from .ranks import Ranks
 from .sampling import Batches, Sampler, System, elements
 from .saving import Keeper, RunState
-from .starting import Start, finetuned, resumed, shifted_bias
+from .starting import Start, resumed
 from .statistics import collect, times_drawn
 from .step import TrainingStep, signature
 from .weights import (
@@ -85,6 +87,8 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.device = self.ranks.device
         self.keeper = Keeper(folder, plan)
+        #: task -> what it started from, on the first process of a fine-tuning
+        self.origins: dict[str, Origin] = {}
         self._owners = Owners(plan.config.links)
         self._batches = Batches(
             [task.model for task in plan.tasks],
@@ -141,6 +145,8 @@ class Trainer:
             state = resumed(start.resume, self.plan)
             self.keeper.go_on(start.resume, state.step)
             return state
+        if start.finetune is None:
+            refuse_heads(self.plan)
         first = self._first_weights(start) if self.ranks.is_first else None
         weights = self._owners.joined(self.ranks.from_first(first))
         n_tasks = len(self.plan.tasks)
@@ -158,32 +164,29 @@ class Trainer:
         probabilities = dict(zip(plan.models, map(float, plan.probabilities), strict=True))
         set_statistics(weights, plan.config, plan.models, found, probabilities, dialect=plan.dialect)
         if start.finetune is not None:
-            finetuned(start.finetune, start.head, plan, weights)
-            shifted_bias(plan, weights, self._residuals(weights))
+            self.origins = finetuned(start.finetune, start.head, plan, weights)
+            for k, task in enumerate(plan.tasks):
+                if self.origins[task.name].taken == "networks":
+                    own = weights[task.name]
+                    bias = shifted_bias(task, own["out_bias"], self._residuals(k, own))
+                    own["out_bias"], own["out_std"] = bias
         return weights
 
-    def _residuals(self, weights: AllWeights) -> dict[str, list[Any]]:
-        """Energy labels minus predictions, of the frames that statistics are made of."""
-        steps = _graphs(self.plan, weights, "off")
-        found: dict[str, list[Any]] = {}
-        for k, task in enumerate(self.plan.tasks):
-            found[task.name] = []
-            for index, system in enumerate(task.systems):
-                times = times_drawn(system, int(task.config.model["data_stat_nbatch"]), self.plan.dialect)
-                for chosen in _in_order(system, system.n_batches):
-                    if not any(times[i] for i in chosen):
-                        break
-                    batch = self._batches(k, index, system, chosen)
-                    labels = task.config.loss.labels(batch, 1.0)
-                    energy = steps[task.name](batch, labels, weights[task.name]).energy
-                    frames = [system.frames[i] for i in chosen]
-                    residuals = zip(chosen, frames, (batch.energy - energy).tolist(), strict=True)
-                    found[task.name] += [
-                        (frame, residual)
-                        for i, frame, residual in residuals
-                        for _ in range(times[i])
-                        if frame.energy is not None
-                    ]
+    def _residuals(self, k: int, weights: dict[str, Tensor]) -> list[tuple[Frame, float]]:
+        """Energy labels minus predictions of a task, of the frames that statistics are made of."""
+        task = self.plan.tasks[k]
+        evaluate = TrainingStep(task.model, weights, "off")
+        found: list[tuple[Frame, float]] = []
+        for index, system in enumerate(task.systems):
+            times = times_drawn(system, int(task.config.model["data_stat_nbatch"]), self.plan.dialect)
+            for chosen in _in_order(system, system.n_batches):
+                if not any(times[i] for i in chosen):
+                    break
+                batch = self._batches(k, index, system, chosen)
+                energy = evaluate(batch, task.config.loss.labels(batch, 1.0), weights).energy
+                for i, residual in zip(chosen, (batch.energy - energy).tolist(), strict=True):
+                    if system.frames[i].energy is not None:
+                        found += times[i] * [(system.frames[i], residual)]
         return found
 
     def _parameters(self) -> dict[str, Tensor]:

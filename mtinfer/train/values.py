@@ -183,7 +183,7 @@ VALUES: dict[str, Values] = {
         (ENERGIES, "atom_ener"),
         (NUMBERS, "default_fparam"),
         (WEIGHTS, "sys_probs"),
-        (NAME, "type precision"),
+        (NAME, "type precision finetune_head"),
         (NAMES, "type_map model_branch_alias"),
         (SECTION, "loss loss_dict validating optimizer data_dict model_prob num_epoch_dict info"),
         # read elsewhere, which refuses what is wrong

@@ -241,7 +241,6 @@ WRONG += [
         (_HEAD, "modifier", {}, "is not supported; leave it out"),
         (_HEAD, "hessian_mode", True, "is not supported; leave it out"),
         (_HEAD, "compress", {}, "is not supported; leave it out"),
-        (_HEAD, "finetune_head", "a", "give --finetune CHECKPOINT --head HEAD to mtinfer train"),
         ("training/", "opt_type", "Adam", "belongs in the section optimizer, as 'type'"),
         ("training/", "adam_beta1", 0.9, "belongs in the section optimizer"),
         ("training/", "weight_decay", 0.9, "belongs in the section optimizer"),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_inputs import DESCRIPTORS, SYSTEMS, plan_of, shared_input
+from tiny_inputs import DESCRIPTORS, SYSTEMS, plan_of, shared_input, trained
 
 import mtinfer
 from mtinfer.checkpoint.archive import write
@@ -25,25 +25,7 @@ from mtinfer.train.curves import COLUMNS, CURVE, LearningCurve, read_curve
 from mtinfer.train.sampling import Batches
 from mtinfer.train.saving import RunState
 from mtinfer.train.starting import Start
-from mtinfer.train.statistics import times_drawn
 from mtinfer.train.trainer import Trainer
-
-
-def trained(
-    folder: Path, n_steps: int, *, start: Start | None = None, stop: int | None = None, **training: Any
-) -> Trainer:
-    """Run an eager training of `n_steps`, or the first `stop` of them."""
-    folder.mkdir(exist_ok=True)
-    trainer = Trainer(
-        plan_of(shared_input("dpa1strip", numb_steps=n_steps, **training)), folder, start=start, mode="off"
-    )
-
-    def tick(step: int) -> None:
-        if step == stop:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    assert trainer.run(tick=tick) == (stop is None)
-    return trainer
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -70,12 +52,6 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "lcurve.csv").open() as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learning curves are not drawn, which takes longer than all steps of a test."""
-    monkeypatch.setattr("mtinfer.train.trainer.plot_curve", lambda *_: None)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -569,107 +545,6 @@ def test_weights_of_a_good_checkpoint_gave_a_finite_loss(tmp_path: Path) -> None
         again.run()
 
 
-def test_fine_tuning_starts_from_a_head(tmp_path: Path) -> None:
-    source = trained(tmp_path / "source", 6)
-    plan = plan_of(shared_input("dpa1strip", seed=5))
-    start = Start(finetune=tmp_path / "source" / "model.ckpt.pt", head="copper")
-    trainer = Trainer(plan, tmp_path, start=start, mode="off")
-    for task in plan.models:
-        for name, tensor in trainer.weights[task].items():
-            if name.startswith("descriptor.") or ".nets." in name:
-                assert torch.equal(tensor, source.weights["copper"][name])
-    assert not torch.equal(trainer.weights["clusters"]["out_bias"], source.weights["copper"]["out_bias"])
-    other = shared_input("dpa1strip")
-    other["model"]["shared_dict"]["desc"]["sel"] = 40
-    wider = Trainer(plan_of(other), tmp_path, start=start, mode="off").weights["clusters"]
-    for leaf in ("mean", "stddev"):
-        name = f"descriptor.se_atten.{leaf}"
-        assert torch.equal(wider[name], source.weights["copper"][name][:, :1].expand(-1, 40, -1))
-    other["model"]["shared_dict"]["desc"]["axis_neuron"] = 3
-    other["model"]["shared_dict"]["desc"]["neuron"] = [4, 6]
-    with pytest.raises(
-        CheckpointError, match=r"clusters.descriptor.axis_neuron was 2, and is 3 in the input"
-    ):
-        Trainer(plan_of(other), tmp_path, start=start, mode="off")
-
-
-@pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("dialect", ["pt", "pt_expt"])
-def test_fine_tuning_counts_frames_as_statistics_do(tmp_path: Path, dialect: str) -> None:
-    given = shared_input("dpa1strip", numb_steps=2)
-    Trainer(plan_of(given, dialect=dialect), tmp_path / "source", mode="off").run()
-    for head in given["model"]["model_dict"].values():
-        head["data_stat_nbatch"] = 3
-    plan = plan_of(given, dialect=dialect)
-    start = Start(finetune=tmp_path / "source" / "model.ckpt.pt", head="copper")
-    trainer = Trainer(plan, tmp_path, start=start, mode="off")
-    found = trainer._residuals(trainer.weights)
-    for task in plan.tasks:
-        frames = [id(frame) for frame, _ in found[task.name]]
-        for system in task.systems:
-            times = times_drawn(system, 3, dialect)
-            assert [frames.count(id(frame)) for frame in system.frames] == times
-    assert any(times != [1] * len(times) for times in [times_drawn(s, 3, "pt_expt") for s in task.systems])
-
-
-@pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize(
-    ("kind", "key", "value", "text"),
-    [
-        ("dpa1strip", "rcut", 3.0, "rcut was 3.5, and is 3.0"),
-        ("dpa1strip", "rcut_smth", 0.6, "rcut_smth was 0.5, and is 0.6"),
-        ("dpa1strip", "activation_function", "gelu", "activation_function was 'tanh', and is 'gelu'"),
-        ("dpa1strip", "exclude_types", [[0, 1]], "exclude_types was [], and is [[0, 1]]"),
-        ("dpa3", "repflow/a_rcut", 2.4, "repflow.a_rcut was 2.5, and is 2.4"),
-        ("hybrid", "list/1/rcut", 2.6, "list[1].rcut was 2.5, and is 2.6"),
-        ("dpa1strip", "sel", 40, None),
-        ("dpa1strip", "trainable", False, None),
-        ("dpa1strip", "precision", "float32", None),
-        ("dpa3", "repflow/e_sel", 40, None),
-        ("hybrid", "list/1/sel", 40, None),
-    ],
-)
-def test_fine_tuning_keeps_the_formula_of_the_descriptor(
-    tmp_path: Path, kind: str, key: str, value: Any, text: str | None
-) -> None:
-    given = shared_input(kind, numb_steps=1)
-    Trainer(plan_of(given), tmp_path / "a", mode="off").run()
-    start = Start(finetune=tmp_path / "a" / "model.ckpt.pt", head="copper")
-    *parents, last = key.split("/")
-    section = given["model"]["shared_dict"]["desc"]
-    for parent in parents:
-        section = section[int(parent) if parent.isdecimal() else parent]
-    section[last] = value
-    if text is None:
-        Trainer(plan_of(given), tmp_path / "b", start=start, mode="off")
-        return
-    with pytest.raises(CheckpointError) as caught:
-        Trainer(plan_of(given), tmp_path / "b", start=start, mode="off")
-    said = f"task 'clusters' can't start from head 'copper': clusters.descriptor.{text} in the input; give it"
-    assert str(caught.value).startswith(said)
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_fine_tuning_takes_a_fitting_net_of_the_same_formula(tmp_path: Path) -> None:
-    def started(folder: str, start: Start | None, **fitting: Any) -> Trainer:
-        given = shared_input("dpa1strip", numb_steps=1)
-        for head in given["model"]["model_dict"].values():
-            head["fitting_net"] = head["fitting_net"] | {"numb_fparam": 1} | fitting
-        return Trainer(plan_of(given), tmp_path / folder, start=start, mode="off")
-
-    source = started("a", None, default_fparam=[0.25])
-    source.run()
-    start = Start(finetune=tmp_path / "a" / "model.ckpt.pt", head="copper")
-    same = started("b", start, default_fparam=[1.5])
-    name = "fitting_net.nets.0.layers.0.w"
-    for own in same.weights.values():
-        assert torch.equal(own[name], source.weights["copper"][name])
-        assert own["fitting_net.default_fparam_tensor"].tolist() == [1.5]
-    with pytest.warns(UserWarning, match="of task '.*' has another form .* 'copper', and starts anew"):
-        other = started("c", start, default_fparam=[0.25], activation_function="gelu")
-    assert not torch.equal(other.weights["copper"][name], source.weights["copper"][name])
-
-
 def test_seeds_of_the_model_count(tmp_path: Path) -> None:
     def weights(seeds: dict[str, int]) -> dict[str, torch.Tensor]:
         given = shared_input("dpa1strip")
@@ -688,15 +563,6 @@ def test_seeds_of_the_model_count(tmp_path: Path) -> None:
         for each, tensor in names.items():
             assert torch.equal(first[tensor], again[tensor])
             assert torch.equal(first[tensor], other[tensor]) == (each != part), name
-
-
-def test_fine_tuning_as_another_dialect_is_warned_of(tmp_path: Path) -> None:
-    given = shared_input("dpa1", numb_steps=1)
-    Trainer(plan_of(given, dialect="pt"), tmp_path / "a", mode="off").run()
-    start = Start(finetune=tmp_path / "a" / "model.ckpt.pt", head="copper")
-    with pytest.warns(UserWarning, match="selects neighbours as the dialect pt does, .*; --dialect pt"):
-        Trainer(plan_of(given), tmp_path / "b", start=start, mode="off")
-    Trainer(plan_of(given, dialect="pt"), tmp_path / "c", start=start, mode="off")
 
 
 def test_another_checkpoint_can_not_be_resumed(tmp_path: Path) -> None:
@@ -843,73 +709,3 @@ def test_no_checkpoint_holds_keys_of_a_compiled_graph(tmp_path: Path) -> None:
     for path in tmp_path.glob("*.pt"):
         for key in content(path)["model"]:
             assert not any(word in key for word in ("compiled", "original_model", "_orig_mod", "_task_")), key
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_fine_tuning_keeps_a_preset_bias(tmp_path: Path) -> None:
-    trained(tmp_path / "source", 2)
-    content = shared_input("dpa1strip")
-    heads = content["model"]["model_dict"]
-    heads["clusters"]["preset_out_bias"] = {"energy": [None, -10.0, None]}
-    heads["copper"]["preset_out_bias"] = {"energy": [None, None, -7.0]}  # where the source has a bias
-    start = Start(finetune=tmp_path / "source" / "model.ckpt.pt", head="copper")
-    weights = Trainer(plan_of(content), tmp_path / "preset", start=start, mode="off").weights
-    free = Trainer(plan_of(shared_input("dpa1strip")), tmp_path / "free", start=start, mode="off").weights
-    bias, expected = (own["clusters"]["out_bias"].flatten() for own in (weights, free))
-    assert float(bias[1]) == pytest.approx(-10.0, rel=1e-12)
-    assert float(bias[0] - expected[0]) != pytest.approx(0.0, abs=1e-3)  # takes what the preset one lacks
-    assert float(weights["copper"]["out_bias"][0, 2, 0]) == pytest.approx(-7.0, rel=1e-12)
-
-
-@pytest.mark.usefixtures("no_pictures")
-@pytest.mark.filterwarnings("ignore:head 'c.* never saw")
-@pytest.mark.parametrize(
-    ("kind", "width"),
-    # type embeddings without a shortcut, with one, and with a double one
-    [("dpa1strip", 4), ("dpa1strip", 3), ("dpa1strip", 6), ("dpa2", 0), ("dpa3", 0), ("hybrid", 0)],
-)
-def test_fine_tuning_with_another_type_map(tmp_path: Path, kind: str, width: int) -> None:
-    content = shared_input(kind, numb_steps=2)
-    shared = content["model"]["shared_dict"]
-    if width:
-        shared["desc"]["tebd_dim"] = width
-    Trainer(plan_of(content), tmp_path / "source", mode="off").run()
-    shared["types"] = ["Cu", "H", "O"]
-    content["learning_rate"] |= {"start_lr": 1e-30, "stop_lr": 1e-30}
-    start = Start(finetune=tmp_path / "source" / "model.ckpt.pt", head="copper")
-    trainer = Trainer(plan_of(content), tmp_path / "other", start=start, mode="off")
-    trainer.run()
-    before, after = (mtinfer.load(tmp_path / k / "model.ckpt.pt", compile=False) for k in ("source", "other"))
-    for task in trainer.plan.tasks:
-        atoms = task.systems[0].frames[0].atoms
-        forces = after.evaluate(atoms, task.name).forces
-        assert abs(forces - before.evaluate(atoms, "copper").forces).max() < 1e-12
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_fine_tuning_takes_elements_that_the_head_knows(tmp_path: Path) -> None:
-    Trainer(plan_of(shared_input("dpa1strip", numb_steps=2)), tmp_path / "source", mode="off").run()
-    start = Start(finetune=tmp_path / "source" / "model.ckpt.pt", head="copper")
-    content = shared_input("dpa1strip")
-    types = content["model"]["shared_dict"]["types"]
-    types.append("Au")
-    with pytest.raises(CheckpointError, match=r"the type map H, O, Cu; task 'clusters' has Au, too"):
-        Trainer(plan_of(content), tmp_path / "more", start=start, mode="off")
-    types[2:] = []
-    del content["model"]["model_dict"]["copper"], content["training"]["data_dict"]["copper"]
-    del content["training"]["model_prob"]["copper"], content["loss_dict"]["copper"]
-    fewer = Trainer(plan_of(content), tmp_path / "fewer", start=start, mode="off")
-    assert fewer.weights["clusters"]["out_bias"].shape == (1, 2, 1)
-    table = fewer.weights["clusters"]["descriptor.type_embedding.layers.0.w"]
-    whole = read(tmp_path / "source" / "model.ckpt.pt").heads["copper"].weights
-    assert torch.equal(table, whole["descriptor.type_embedding.layers.0.w"][:2])
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_fine_tuning_of_se_e2_a_needs_the_same_types(tmp_path: Path) -> None:
-    content = shared_input("se_e2_a", numb_steps=2)
-    Trainer(plan_of(content), tmp_path / "source", mode="off").run()
-    content["model"]["shared_dict"]["types"].reverse()
-    start = Start(finetune=tmp_path / "source" / "model.ckpt.pt", head="copper")
-    with pytest.raises(CheckpointError, match="networks of se_e2_a belong to types"):
-        Trainer(plan_of(content), tmp_path / "turned", start=start, mode="off")

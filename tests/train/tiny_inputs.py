@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mtinfer.train.config import TrainConfig, parse_config
 from mtinfer.train.plan import Plan, make_plan
+from mtinfer.train.starting import Start
+from mtinfer.train.trainer import Trainer
 
 FRAMES = Path(__file__).parents[1] / "data" / "frames"
 SYSTEMS = {
@@ -140,3 +144,20 @@ def config_of(content: dict[str, Any]) -> TrainConfig:
 def plan_of(content: dict[str, Any], **options: Any) -> Plan:
     """Plan of an input."""
     return make_plan(config_of(content), **options)
+
+
+def trained(
+    folder: Path, n_steps: int, *, start: Start | None = None, stop: int | None = None, **training: Any
+) -> Trainer:
+    """Run an eager training of `n_steps`, or the first `stop` of them."""
+    folder.mkdir(exist_ok=True)
+    trainer = Trainer(
+        plan_of(shared_input("dpa1strip", numb_steps=n_steps, **training)), folder, start=start, mode="off"
+    )
+
+    def tick(step: int) -> None:
+        if step == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert trainer.run(tick=tick) == (stop is None)
+    return trainer
