@@ -96,14 +96,8 @@ def train(
     with ExitStack() as stack:
         ranks = Ranks.join(device)
         stack.callback(ranks.leave)
+        ranks.from_first(lambda: _hold(output, stack))
         if ranks.is_first:
-            try:
-                stack.enter_context(alone(output / LOCK, wait=False))
-            except BlockingIOError as err:
-                raise OutputError(
-                    f"{str(output)!r} is the folder of another training, which is running; choose another "
-                    "--output (several processes of one training are started with torchrun)"
-                ) from err
             if_shown(click.echo, "\n".join(describe_plan(plan)))
         mode: Any = "wait" if compile_ == "on" else "off"
         trainer = Trainer(plan, output, start=start, mode=mode, ranks=ranks)
@@ -120,6 +114,17 @@ def train(
         )
     if not finished:
         raise SystemExit(130)
+
+
+def _hold(folder: Path, stack: ExitStack) -> None:
+    """Hold a folder until the stack ends."""
+    try:
+        stack.enter_context(alone(folder / LOCK, wait=False))
+    except BlockingIOError as err:
+        raise OutputError(
+            f"{str(folder)!r} is the folder of another training, which is running; choose another --output "
+            "(several processes of one training are started with torchrun)"
+        ) from err
 
 
 def _run(trainer: Trainer, plan: Plan, ranks: Ranks, *, compiles: bool) -> bool:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from ..errors import TrainingError
+from ..errors import MtinferError, TrainingError
 from ..loading import usable_device
 
 __all__ = ["Ranks"]
@@ -69,12 +69,26 @@ class Ranks:
         """Whether this process computes the statistics and writes the files."""
         return self.rank == 0
 
-    def from_first(self, value: T | None) -> T:
-        """Return what the first process gave."""
-        box = [value]
-        if self.size > 1:
-            torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]  # type: ignore[return-value]
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Return what `make` gives in the first process, which alone calls it.
+
+        Raises
+        ------
+        MtinferError
+            What `make` raised, in every process.
+        """
+        if self.size == 1:
+            return make()
+        box: list[T | MtinferError | None] = [None]
+        if self.is_first:
+            try:
+                box = [make()]
+            except MtinferError as err:
+                box = [err]
+        torch.distributed.broadcast_object_list(box, src=0)
+        if isinstance(box[0], MtinferError):
+            raise box[0]
+        return cast(T, box[0])
 
     def wait(self) -> None:
         """Wait for all processes."""

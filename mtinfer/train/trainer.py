@@ -139,16 +139,16 @@ class Trainer:
     # ---- start ---------------------------------------------------------------------------------------
 
     def _start(self, start: Start) -> RunState:
-        if self.ranks.is_first:
-            self.keeper.claim(resume=start.resume, finetune=start.finetune, force=start.force)
+        self.ranks.from_first(
+            lambda: self.keeper.claim(resume=start.resume, finetune=start.finetune, force=start.force)
+        )
         if start.resume is not None:
             state = resumed(start.resume, self.plan)
             self.keeper.go_on(start.resume, state.step)
             return state
         if start.finetune is None:
             refuse_heads(self.plan)
-        first = self._first_weights(start) if self.ranks.is_first else None
-        weights = self._owners.joined(self.ranks.from_first(first))
+        weights = self._owners.joined(self.ranks.from_first(lambda: self._first_weights(start)))
         n_tasks = len(self.plan.tasks)
         errors = torch.zeros(n_tasks, 2, 3, dtype=torch.float64)
         observed = {task.name: sorted(elements(task.systems)) for task in self.plan.tasks}

@@ -114,3 +114,14 @@ def test_a_curve_that_fails_in_one_process_leaves_a_checkpoint(tmp_path: Path) -
     assert done.returncode != 0
     assert "mtinfer: no space" in done.stderr
     assert (tmp_path / "full/model.ckpt-3.pt").exists()
+
+
+def test_an_error_of_the_first_process_is_that_of_all(tmp_path: Path) -> None:
+    """A folder that an earlier training filled, which the first process alone looks at."""
+    run(tmp_path / "a", 1, 1, numb_steps=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "mtinfer", "train", str(tmp_path / "a" / "input.json"), "--output", str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert done.stderr.count("of an earlier training") == 2
+    assert not [line for line in done.stderr.splitlines() if "mtinfer/" in line and "File " in line]
