@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..descriptor_kinds import KINDS, kind_of
+from ..descriptor_kinds import FITTING_DEFAULTS, KINDS, kind_of, with_dialect_defaults
 from ..errors import OutputError, UnsupportedModelError
 from ..files import check_output, replacing
 from ..models import EnergyModel
@@ -23,23 +23,6 @@ __all__ = ["convert", "training_content", "write_content"]
 
 #: `se_atten` blocks, whose files carry a few tensors that no model reads
 _PAIR_BLOCKS = ("se_atten", "repinit", "repinit_three_body")
-#: kind of descriptor, or fitting_net -> keys for which the dialects take different values where the
-#: configuration lacks them
-_CLASS_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "se_e2_a": {
-        "neuron": {"pt": [25, 50, 100], "pt_expt": [24, 48, 96]},
-        "axis_neuron": {"pt": 16, "pt_expt": 8},
-    },
-    "se_atten": {
-        "axis_neuron": {"pt": 16, "pt_expt": 8},
-        "set_davg_zero": {"pt": True, "pt_expt": False},
-    },
-    "se_atten_v2": {
-        "axis_neuron": {"pt": 16, "pt_expt": 8},
-        "set_davg_zero": {"pt": True, "pt_expt": False},
-    },
-    "fitting_net": {"neuron": {"pt": [128, 128, 128], "pt_expt": [120, 120, 120]}},
-}
 
 
 def head_entries(record: HeadRecord, dialect: str) -> dict[str, torch.Tensor]:
@@ -280,7 +263,7 @@ def _translated(record: HeadRecord, source: str, target: str) -> HeadRecord:
             "a pt file can't hold; convert to pt_expt or safetensors"
         )
     config["descriptor"] = _completed(config["descriptor"], source)
-    config["fitting_net"] |= _left_out(config["fitting_net"], "fitting_net", source)
+    config["fitting_net"] = with_dialect_defaults(config["fitting_net"], FITTING_DEFAULTS, source)
     # the neighbour list of pt stays that of the head, where a file can say so
     dense = record.graph_lower_disabled or source == "pt"
     flagged = KINDS[kind_of(config["descriptor"])].graph_flag
@@ -289,19 +272,10 @@ def _translated(record: HeadRecord, source: str, target: str) -> HeadRecord:
 
 def _completed(descriptor: Mapping[str, Any], source: str) -> dict[str, Any]:
     kind = kind_of(descriptor)
-    completed = {"type": kind, **descriptor, **_left_out(descriptor, kind, source)}
+    completed = {**with_dialect_defaults(descriptor, KINDS[kind].defaults, source), "type": kind}
     if members := descriptor.get("list"):
         completed["list"] = [_completed(member, source) for member in members]
     return completed
-
-
-def _left_out(section: Mapping[str, Any], kind: str, source: str) -> dict[str, Any]:
-    # n_axis_neuron is the older spelling of axis_neuron
-    return {
-        key: section.get(f"n_{key}", values[source])
-        for key, values in _CLASS_DEFAULTS.get(kind, {}).items()
-        if key not in section
-    }
 
 
 def _change(before: HeadRecord, source: str, after: HeadRecord, target: str) -> str | None:

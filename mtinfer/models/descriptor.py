@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -11,6 +12,19 @@ from ..inputs import GraphInputs, ParameterSpec
 from .layers import Weights
 from .layout import Argument, Layout, Pairs, Selection
 from .stage import Call
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a descriptor is told by the head that it belongs to."""
+
+    type_map: tuple[str, ...]
+    #: "pt" or "pt_expt", which decides a few defaults
+    dialect: str
+    #: pairs of types that the neighbour list of the model leaves out
+    pair_exclude: tuple[tuple[int, int], ...] = ()
+    #: keep all neighbours instead of the nearest `sel`, where a descriptor and its options allow it
+    graph: bool = False
 
 
 class Descriptor(Protocol):
@@ -76,27 +90,8 @@ class Descriptor(Protocol):
 class DescriptorKind(Protocol):
     """A class of descriptors, by which configurations are read."""
 
-    def from_config(
-        self,
-        config: Mapping[str, Any],
-        *,
-        type_map: Sequence[str],
-        pair_exclude: tuple[tuple[int, int], ...],
-        pt: bool,
-        graph: bool,
-    ) -> Descriptor:
-        """Read a configuration.
-
-        Parameters
-        ----------
-        config
-            section "descriptor"; missing keys get the defaults of the writing code.
-        pair_exclude
-            pairs of types that the neighbour list of the model leaves out.
-        pt
-            dialect, which decides a few defaults.
-        graph
-            keep all neighbours instead of the nearest `sel`; never set where that does not exist.
+    def from_config(self, config: Mapping[str, Any], setting: Setting) -> Descriptor:
+        """Read the section "descriptor"; missing keys get the defaults of the writing code.
 
         Raises
         ------

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..descriptor_kinds import KINDS, with_dialect_defaults
 from ..errors import UnsupportedModelError
 from ..inputs import GraphInputs, ParameterSpec
 from .activations import known_activation
 from .attention import Attention
+from .descriptor import Setting
 from .environment import (
     Environment,
     TypeEmbedding,
@@ -92,26 +94,10 @@ class DPA1:
 
     @classmethod
     def from_config(
-        cls,
-        config: Mapping[str, Any],
-        *,
-        type_map: Sequence[str],
-        pair_exclude: tuple[tuple[int, int], ...],
-        pt: bool,
-        graph: bool,
-        block: str = "descriptor.se_atten",
+        cls, config: Mapping[str, Any], setting: Setting, block: str = "descriptor.se_atten"
     ) -> DPA1:
-        """Read a descriptor configuration; missing keys get the defaults of the writing code.
-
-        Parameters
-        ----------
-        pt
-            dialect, which decides a few defaults.
-        graph
-            keep all neighbours instead of the nearest `sel`.
-        block
-            prefix of its weights.
-        """
+        """Read a descriptor configuration; `block` is the prefix of its weights."""
+        config = with_dialect_defaults(config, KINDS["se_atten"].defaults, setting.dialect)
         config = _with_v2_defaults(config)
         if int(config.get("lmax", 1)) > 1:
             raise UnsupportedModelError(
@@ -119,10 +105,9 @@ class DPA1:
             )
         if config.get("attn_mask"):
             raise UnsupportedModelError("se_atten option attn_mask=true is not supported")
-        n_types = len(type_map)
+        n_types = len(setting.type_map)
         dtype = precision(config.get("precision", "default"))
-        neuron = tuple(config.get("neuron", (25, 50, 100)))
-        axis_neuron = int(config.get("axis_neuron", config.get("n_axis_neuron", 16 if pt else 8)))
+        neuron, axis_neuron = tuple(config.get("neuron", (25, 50, 100))), int(config["axis_neuron"])
         check_axis_neuron(axis_neuron, neuron[-1], "se_atten")
         smooth = bool(config.get("smooth_type_embedding", config.get("smooth_type_embdding", True)))
         sel = required(config, "sel", "se_atten")
@@ -170,15 +155,15 @@ class DPA1:
                 bool(config.get("use_tebd_bias", False)),
                 dtype,
                 bool(config.get("use_econf_tebd", False)),
-                tuple(type_map),
+                setting.type_map,
             ),
             concat_output_tebd=bool(config.get("concat_output_tebd", True)),
             dtype=dtype,
             selection=Selection(
                 n_types,
-                None if graph else (sel,),
+                None if setting.graph else (sel,),
                 exclude=tuple((a, b) for a, b in config.get("exclude_types") or ()),
-                pair_exclude=pair_exclude,
+                pair_exclude=setting.pair_exclude,
             ),
             block=block,
         )

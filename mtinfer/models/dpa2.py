@@ -6,7 +6,7 @@ Zhang et al., npj Comput. Mater. 10, 293 (2024), arXiv:2312.15492.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..inputs import GraphInputs, ParameterSpec
 from .activations import known_activation
+from .descriptor import Setting
 from .dpa1 import DPA1, Centers
 from .environment import Environment, TypeEmbedding
 from .gather import Index, lookup
@@ -115,24 +116,12 @@ class DPA2:
     default_chg_spin = None
 
     @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any],
-        *,
-        type_map: Sequence[str],
-        pair_exclude: tuple[tuple[int, int], ...],
-        pt: bool,
-        graph: bool,
-    ) -> DPA2:
+    def from_config(cls, config: Mapping[str, Any], setting: Setting) -> DPA2:
         """Read a descriptor configuration; missing keys get the defaults of the format.
 
-        Parameters
-        ----------
-        pt
-            dialect; the other one closes the gaps of excluded pairs before it cuts the shorter lists.
-        graph
-            keep all neighbours instead of the nearest `nsel` of each block, if the options allow it.
+        `pt_expt` closes the gaps of excluded pairs before it cuts the shorter lists.
         """
+        pt = setting.dialect == "pt"
         section = REPINIT_DEFAULTS | dict(required(config, "repinit", "dpa2"))
         options = RepformerOptions.from_config(required(config, "repformer", "dpa2"))
         function = known_activation(options.activation_function, of_messages=not pt)
@@ -141,8 +130,8 @@ class DPA2:
         smooth = bool(config.get("smooth", True))
         # upstream keeps the truncated list where an empty slot could count
         zero_mean = all(config[name].get("set_davg_zero", True) for name in ("repinit", "repformer"))
-        graph = graph and zero_mean and not section["use_three_body"]
-        repinit = _repinit(config, section, type_map, pair_exclude, pt=pt, graph=graph)
+        graph = setting.graph and zero_mean and not section["use_three_body"]
+        repinit = _repinit(config, section, replace(setting, graph=graph))
         three_body = _three_body(section, repinit, smooth) if section["use_three_body"] else None
         protection = repinit.environment.protection
         repformer = Repformer(
@@ -382,15 +371,7 @@ def _with_centers(tensors: Tensors) -> tuple[Centers, *Tensors]:
     return (Centers(*tensors[:n]), *tensors[n:])
 
 
-def _repinit(
-    config: Mapping[str, Any],
-    section: Mapping[str, Any],
-    type_map: Sequence[str],
-    pair_exclude: tuple[tuple[int, int], ...],
-    *,
-    pt: bool,
-    graph: bool,
-) -> DPA1:
+def _repinit(config: Mapping[str, Any], section: Mapping[str, Any], setting: Setting) -> DPA1:
     """Build the first stage: a DPA-1 without attention that keeps its type embedding to itself."""
     common = ("precision", "exclude_types", "env_protection", "use_econf_tebd", "use_tebd_bias")
     described = {key: config[key] for key in common if key in config} | dict(section)
@@ -400,14 +381,7 @@ def _repinit(
         "smooth_type_embedding": bool(config.get("smooth", True)),
         "concat_output_tebd": False,
     }
-    return DPA1.from_config(
-        described,
-        type_map=type_map,
-        pair_exclude=pair_exclude,
-        pt=pt,
-        graph=graph,
-        block="descriptor.repinit",
-    )
+    return DPA1.from_config(described, setting, block="descriptor.repinit")
 
 
 def _three_body(section: Mapping[str, Any], repinit: DPA1, smooth: bool) -> ThreeBody:

@@ -5,7 +5,7 @@ Zhang et al., arXiv:2506.01686.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..inputs import GraphInputs, ParameterSpec
 from .activations import activation, known_activation
+from .descriptor import Setting
 from .environment import TypeEmbedding
 from .gather import Index, lookup
 from .layers import Weights, precision, required
@@ -46,26 +47,17 @@ class DPA3:
     mixed_types = True
 
     @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any],
-        *,
-        type_map: Sequence[str],
-        pair_exclude: tuple[tuple[int, int], ...],
-        pt: bool,
-        graph: bool,
-    ) -> DPA3:
-        """Read a descriptor configuration; `graph` is never set, since DPA-3 always truncates."""
-        del graph
+    def from_config(cls, config: Mapping[str, Any], setting: Setting) -> DPA3:
+        """Read a descriptor configuration; always truncated."""
         options = RepflowOptions.from_config(required(config, "repflow", "dpa3"))
-        n_types = len(type_map)
+        n_types, pt = len(setting.type_map), setting.dialect == "pt"
         dtype = precision(config.get("precision", "default"))
         default = config.get("default_chg_spin")
         edges = Selection(
             n_types,
             (options.e_sel,),
             exclude=tuple((a, b) for a, b in config.get("exclude_types") or ()),
-            pair_exclude=pair_exclude,
+            pair_exclude=setting.pair_exclude,
             closes_gaps=not pt,
         )
         angles = replace(edges, sel=(options.a_sel,), rcut=options.a_rcut)
@@ -77,7 +69,7 @@ class DPA3:
                 bool(config.get("use_tebd_bias", False)),
                 dtype,
                 bool(config.get("use_econf_tebd", False)),
-                tuple(type_map),
+                setting.type_map,
             ),
             repflow=Repflow(
                 options,

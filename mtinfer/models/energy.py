@@ -13,7 +13,7 @@ from torch import Tensor
 from ..descriptor_kinds import KINDS, kind_of
 from ..errors import UnsupportedModelError
 from ..inputs import GraphInputs, ParameterSpec
-from .descriptor import Descriptor, DescriptorKind, InParts
+from .descriptor import Descriptor, DescriptorKind, InParts, Setting
 from .fitting import EnergyFitting
 from .gather import Index, segment_sum
 from .hybrid import SINGLE, Hybrid
@@ -70,17 +70,19 @@ class EnergyModel:
         type_map = tuple(required(config, "type_map", "the head"))
         descriptor = _DESCRIPTORS[kind].from_config(
             described,
-            type_map=type_map,
-            pair_exclude=tuple((a, b) for a, b in config.get("pair_exclude_types") or ()),
-            pt=dialect == "pt",
-            graph=dialect == "pt_expt" and not graph_lower_disabled and KINDS[kind].graph_native,
+            Setting(
+                type_map,
+                dialect,
+                pair_exclude=tuple((a, b) for a, b in config.get("pair_exclude_types") or ()),
+                graph=dialect == "pt_expt" and not graph_lower_disabled and KINDS[kind].graph_native,
+            ),
         )
         fitting = EnergyFitting.from_config(
             required(config, "fitting_net", "the head"),
             n_types=len(type_map),
             descriptor_width=descriptor.width,
             mixed_types=descriptor.mixed_types,
-            pt=dialect == "pt",
+            dialect=dialect,
         )
         excluded = config.get("atom_exclude_types") or ()
         of_fitting = config["fitting_net"].get("exclude_types", excluded)

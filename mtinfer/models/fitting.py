@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..descriptor_kinds import FITTING_DEFAULTS, with_dialect_defaults
 from ..errors import UnsupportedModelError
 from ..inputs import ParameterSpec
 from .activations import known_activation
@@ -42,13 +43,20 @@ class EnergyFitting:
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], *, n_types: int, descriptor_width: int, mixed_types: bool, pt: bool
+        cls,
+        config: Mapping[str, Any],
+        *,
+        n_types: int,
+        descriptor_width: int,
+        mixed_types: bool,
+        dialect: str,
     ) -> EnergyFitting:
         """Read a `fitting_net` configuration; missing keys get the defaults of the writing code."""
         if (kind := config.get("type", "ener")) != "ener":
             raise UnsupportedModelError(f"fitting net of type {kind!r} is not supported; supported is 'ener'")
         if config.get("case_film_embd"):
             raise UnsupportedModelError("fitting net option 'case_film_embd' is not supported")
+        config = with_dialect_defaults(config, FITTING_DEFAULTS, dialect)
         given = config.get("atom_ener") or []
         atom_ener = [t < len(given) and given[t] is not None for t in range(n_types)]
         vacuum = (any(atom_ener),) if mixed_types else tuple(atom_ener)
@@ -56,7 +64,7 @@ class EnergyFitting:
         return cls(
             n_types=n_types,
             descriptor_width=descriptor_width,
-            neuron=tuple(config.get("neuron", (128, 128, 128) if pt else (120, 120, 120))),
+            neuron=tuple(config["neuron"]),
             activation=known_activation(config.get("activation_function", "tanh")),
             resnet_dt=bool(config.get("resnet_dt", True)),
             dtype=precision(config.get("precision", "default")),

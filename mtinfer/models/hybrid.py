@@ -14,7 +14,7 @@ from torch import Tensor
 from ..descriptor_kinds import kind_of
 from ..errors import UnsupportedModelError
 from ..inputs import GraphInputs, ParameterSpec
-from .descriptor import Descriptor, DescriptorKind, InParts
+from .descriptor import Descriptor, DescriptorKind, InParts, Setting
 from .dpa1 import DPA1
 from .dpa2 import DPA2
 from .dpa3 import DPA3
@@ -68,19 +68,10 @@ class Hybrid:
     selection: Selection = field(repr=False)
 
     @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any],
-        *,
-        type_map: Sequence[str],
-        pair_exclude: tuple[tuple[int, int], ...],
-        pt: bool,
-        graph: bool,
-    ) -> Hybrid:
-        """Read a descriptor configuration; `graph` is never set, since a hybrid always truncates."""
-        del graph
+    def from_config(cls, config: Mapping[str, Any], setting: Setting) -> Hybrid:
+        """Read a descriptor configuration; always truncated, and so are its members."""
         members = tuple(
-            _class(entry).from_config(entry, type_map=type_map, pair_exclude=pair_exclude, pt=pt, graph=False)
+            _class(entry).from_config(entry, replace(setting, graph=False))
             for entry in required(config, "list", "hybrid")
         )
         if not members:
@@ -93,13 +84,13 @@ class Hybrid:
             )
         sel = _slots(members)
         selection = Selection(
-            len(type_map),
+            len(setting.type_map),
             (sel,),
-            pair_exclude=pair_exclude,
+            pair_exclude=setting.pair_exclude,
             inner=tuple(_from_common_list(member, sel) for member in members),
-            closes_gaps=not pt,
+            closes_gaps=setting.dialect != "pt",
         )
-        return cls(members, len(type_map), selection)
+        return cls(members, len(setting.type_map), selection)
 
     @property
     def mixed_types(self) -> bool:

@@ -5,15 +5,17 @@ Zhang et al., NeurIPS 2018, arXiv:1805.09003.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..descriptor_kinds import KINDS, with_dialect_defaults
 from ..inputs import GraphInputs, ParameterSpec
 from .activations import known_activation
+from .descriptor import Setting
 from .environment import Environment, add_to_first_row, invariants, statistics, statistics_parameters
 from .layers import Network, Sloped, Weights, check_axis_neuron, precision, required
 from .layout import Argument, Layout, Pairs, Selection, VectorsOnSlots, padded_rows, row_chunks
@@ -46,21 +48,12 @@ class SeE2A:
     default_chg_spin = None
 
     @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any],
-        *,
-        type_map: Sequence[str],
-        pair_exclude: tuple[tuple[int, int], ...],
-        pt: bool,
-        graph: bool,
-    ) -> SeE2A:
-        """Read a descriptor configuration; `graph` is never set, since se_e2_a always truncates."""
-        del graph
-        n_types = len(type_map)
+    def from_config(cls, config: Mapping[str, Any], setting: Setting) -> SeE2A:
+        """Read a descriptor configuration; always truncated."""
+        config = with_dialect_defaults(config, KINDS["se_e2_a"].defaults, setting.dialect)
+        n_types = len(setting.type_map)
         sel = tuple(required(config, "sel", "se_e2_a"))
-        neuron = tuple(config.get("neuron", (25, 50, 100) if pt else (24, 48, 96)))
-        axis_neuron = int(config.get("axis_neuron", config.get("n_axis_neuron", 16 if pt else 8)))
+        neuron, axis_neuron = tuple(config["neuron"]), int(config["axis_neuron"])
         check_axis_neuron(axis_neuron, neuron[-1], "se_e2_a")
         return cls(
             n_types=n_types,
@@ -81,7 +74,7 @@ class SeE2A:
                 sel,
                 by_type=True,
                 exclude=tuple((a, b) for a, b in config.get("exclude_types") or ()),
-                pair_exclude=pair_exclude,
+                pair_exclude=setting.pair_exclude,
             ),
         )
 

@@ -26,6 +26,7 @@ import mtinfer
 from mtinfer.errors import UnsupportedModelError
 from mtinfer.inputs import GraphInputs
 from mtinfer.models import dpa1, layout
+from mtinfer.models.descriptor import Setting
 from mtinfer.models.dpa1 import DPA1
 from mtinfer.random_checkpoint import write_random_checkpoint
 
@@ -36,8 +37,8 @@ CONFIG = {
 CUT = (1.0, 4.0)
 
 
-def model(*, pt: bool = True, graph: bool = False, **config: Any) -> DPA1:
-    return DPA1.from_config(CONFIG | config, type_map="ABC", pair_exclude=(), pt=pt, graph=graph)
+def model(*, dialect: str = "pt", graph: bool = False, **config: Any) -> DPA1:
+    return DPA1.from_config(CONFIG | config, Setting(tuple("ABC"), dialect, graph=graph))
 
 
 def slot_by_slot(inputs: GraphInputs, weights: Weights, descriptor: DPA1, *, sel: int) -> np.ndarray:
@@ -229,7 +230,7 @@ def test_unsupported_options(option: dict[str, Any], text: str) -> None:
 def test_missing_key(key: str) -> None:
     config = {name: value for name, value in CONFIG.items() if name != key}
     with pytest.raises(UnsupportedModelError, match=f"se_atten lacks the required key '{key}'"):
-        DPA1.from_config(config, type_map="ABC", pair_exclude=(), pt=True, graph=False)
+        DPA1.from_config(config, Setting(tuple("ABC"), "pt"))
 
 
 @pytest.mark.parametrize("level", [0.0, -60.0, -1e3, -1e5, 1e3])

@@ -15,9 +15,11 @@ from mtinfer.models.fitting import EnergyFitting
 TYPES = torch.tensor([0, 2, 1, 0])
 
 
-def fitting(*, mixed_types: bool = True, pt: bool = True, **config: Any) -> EnergyFitting:
+def fitting(*, mixed_types: bool = True, dialect: str = "pt", **config: Any) -> EnergyFitting:
     config = {"neuron": [5, 5], **config}
-    return EnergyFitting.from_config(config, n_types=3, descriptor_width=4, mixed_types=mixed_types, pt=pt)
+    return EnergyFitting.from_config(
+        config, n_types=3, descriptor_width=4, mixed_types=mixed_types, dialect=dialect
+    )
 
 
 def evaluate(model: EnergyFitting, weights: Weights, group: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -100,10 +102,18 @@ def test_float32_net_computes_in_float32() -> None:
     assert model.parameters()["fitting_net.bias_atom_e"].dtype == torch.float64
 
 
-@pytest.mark.parametrize(("pt", "width"), [(True, 128), (False, 120)])
-def test_default_widths_depend_on_the_dialect(pt: bool, width: int) -> None:
-    model = EnergyFitting.from_config({}, n_types=1, descriptor_width=4, mixed_types=True, pt=pt)
+@pytest.mark.parametrize(("dialect", "width"), [("pt", 128), ("pt_expt", 120)])
+def test_default_widths_depend_on_the_dialect(dialect: str, width: int) -> None:
+    model = EnergyFitting.from_config({}, n_types=1, descriptor_width=4, mixed_types=True, dialect=dialect)
     assert model.neuron == (width,) * 3
+
+
+@pytest.mark.parametrize("dialect", ["pt", "pt_expt"])
+def test_older_spelling_of_widths(dialect: str) -> None:
+    model = EnergyFitting.from_config(
+        {"n_neuron": [5, 7]}, n_types=1, descriptor_width=4, mixed_types=True, dialect=dialect
+    )
+    assert model.neuron == (5, 7)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from random_models import Weights, cluster, features, inputs_of, random_weights
 
 from mtinfer.errors import UnsupportedModelError
-from mtinfer.models.descriptor import InParts
+from mtinfer.models.descriptor import InParts, Setting
 from mtinfer.models.hybrid import SINGLE, Hybrid
 
 TYPES = ("H", "O", "C")
@@ -43,6 +43,7 @@ DPA3 = {
     }
     | {"a_rcut": 2.5, "a_rcut_smth": 1.0, "a_sel": 27},
 }
+SETTING = Setting(tuple(TYPES), "pt")
 #: members; the first two keep one fitting net per centre type, the others have one for all
 COMBINATIONS = {
     "by centre type": [SE_E2_A, SE_E2_A | {"rcut": 4.0, "type_one_side": True}],
@@ -52,8 +53,7 @@ COMBINATIONS = {
 
 
 def build(members: list[dict[str, Any]]) -> Hybrid:
-    options: dict[str, Any] = {"type_map": TYPES, "pair_exclude": (), "pt": True, "graph": False}
-    return Hybrid.from_config({"list": members}, **options)
+    return Hybrid.from_config({"list": members}, SETTING)
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
@@ -65,9 +65,7 @@ def test_members_side_by_side(name: str) -> None:
     assert together.shape == (11, hybrid.width)
     alone = []
     for k, config in enumerate(COMBINATIONS[name]):
-        member = SINGLE[config["type"]].from_config(
-            config, type_map=TYPES, pair_exclude=(), pt=True, graph=False
-        )
+        member = SINGLE[config["type"]].from_config(config, SETTING)
         prefix = f"descriptor.descrpt_list.{k}."
         own: Weights = {
             n.replace(prefix, "descriptor."): w for n, w in weights.items() if n.startswith(prefix)

@@ -22,6 +22,7 @@ from random_models import (
 from mtinfer.errors import UnsupportedModelError
 from mtinfer.inputs import GraphInputs
 from mtinfer.models import layout
+from mtinfer.models.descriptor import Setting
 from mtinfer.models.se_e2_a import SeE2A
 
 CONFIG = {
@@ -35,8 +36,8 @@ CONFIG = {
 CUT = (1.0, 4.0)
 
 
-def model(*, pair_exclude: tuple[tuple[int, int], ...] = (), pt: bool = True, **config: Any) -> SeE2A:
-    return SeE2A.from_config(CONFIG | config, type_map="ABC", pair_exclude=pair_exclude, pt=pt, graph=False)
+def model(*, pair_exclude: tuple[tuple[int, int], ...] = (), dialect: str = "pt", **config: Any) -> SeE2A:
+    return SeE2A.from_config(CONFIG | config, Setting(tuple("ABC"), dialect, pair_exclude))
 
 
 def slot_by_slot(
@@ -104,10 +105,12 @@ def test_absent_types_need_no_call() -> None:
     assert {call.group for call in descriptor.layouts(inputs, descriptor.selection(inputs))} == {0, 2}
 
 
-@pytest.mark.parametrize(("pt", "neuron", "axis"), [(True, (25, 50, 100), 16), (False, (24, 48, 96), 8)])
-def test_defaults_depend_on_the_dialect(pt: bool, neuron: tuple[int, ...], axis: int) -> None:
+@pytest.mark.parametrize(
+    ("dialect", "neuron", "axis"), [("pt", (25, 50, 100), 16), ("pt_expt", (24, 48, 96), 8)]
+)
+def test_defaults_depend_on_the_dialect(dialect: str, neuron: tuple[int, ...], axis: int) -> None:
     config = {key: CONFIG[key] for key in ("rcut", "rcut_smth", "sel")}
-    descriptor = SeE2A.from_config(config, type_map="ABC", pair_exclude=(), pt=pt, graph=False)
+    descriptor = SeE2A.from_config(config, Setting(tuple("ABC"), dialect))
     assert (descriptor.neuron, descriptor.axis_neuron) == (neuron, axis)
     assert descriptor.width == neuron[-1] * axis
     assert descriptor.one_sided
