@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .errors import GraphWarning, first_line, user_level
 from .graph_store import GraphStore, cache_directory, graph_key
+from .inputs import ParameterSpec
 from .loaded_graph import LoadedGraph, require_loadable
 from .models.layout import Argument
 
@@ -154,7 +155,7 @@ def _keep_freed_memory() -> None:
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
-def signed(architecture: str, weights: Mapping[str, Tensor]) -> str:
+def signed(architecture: str, weights: Mapping[str, Tensor] | Mapping[str, ParameterSpec]) -> str:
     """Signature of a graph: its architecture, and name, shape and dtype of its weights, in their order."""
     return "\n".join([architecture, *(f"{name} {tuple(w.shape)} {w.dtype}" for name, w in weights.items())])
 

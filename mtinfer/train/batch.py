@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data import Frame
@@ -21,10 +21,42 @@ from ..models.layout import Argument, Layout, on_slots, with_empty
 from ..neighbors import find_candidates, graph_inputs
 from ..parameters import aparam_of, charge_spin_of, fparam_of
 
-__all__ = ["Batch", "Labels", "arguments", "make_batch", "parameters_of"]
+__all__ = ["Batch", "Labels", "Structures", "declared", "make_batch", "parameters_of"]
 
 
-class Labels(NamedTuple):
+T = TypeVar("T")
+
+
+class ModelCall(NamedTuple, Generic[T]):
+    """One call of the model, for one weight group: what it reads, and where its results belong."""
+
+    #: as in `Layout`
+    displacements: tuple[T, ...]
+    tensors: tuple[T, ...]
+    atoms: T
+    #: one per displacement array, without its last axis: atoms at both ends of every slot
+    centers: tuple[T, ...]
+    neighbors: tuple[T, ...]
+
+
+class Structures(NamedTuple, Generic[T]):
+    """What a step reads of structures: tensors in a batch, declarations for a graph.
+
+    Sums go as `Index` says, by order and starts: from ends of slots to atoms, from slots to frames, and from
+    rows of the atomic energies to frames.
+    """
+
+    #: by weight group
+    calls: tuple[ModelCall[T], ...]
+    ends: tuple[T, T]
+    slots: tuple[T, T]
+    rows: tuple[T, T]
+    #: (n_atoms,) int64 each
+    frames: T
+    types: T
+
+
+class Labels(NamedTuple, Generic[T]):
     """Labels of a batch, and the weight of every squared error in the loss.
 
     All normalisation and all prefactors are in the weights, so that they are data for the compiled step; a
@@ -32,22 +64,49 @@ class Labels(NamedTuple):
     """
 
     #: (n_frames,), eV
-    energy: Tensor
-    energy_weight: Tensor
+    energy: T
+    energy_weight: T
     #: (n_atoms, 3), eV/Å, and (n_atoms,)
-    forces: Tensor
-    force_weight: Tensor
+    forces: T
+    force_weight: T
     #: (n_frames, 9), eV, and (n_frames,)
-    virial: Tensor
-    virial_weight: Tensor
+    virial: T
+    virial_weight: T
+
+
+DECLARED_LABELS = Labels(
+    Argument(("frames",)),
+    Argument(("frames",)),
+    Argument(("all atoms", 3)),
+    Argument(("all atoms",)),
+    Argument(("frames", 9)),
+    Argument(("frames",)),
+)
+
+
+def leaves(nest: Any) -> Iterator[Any]:
+    """Yield what is in nested tuples, in order."""
+    if isinstance(nest, tuple):
+        for part in nest:
+            yield from leaves(part)
+    else:
+        yield nest
+
+
+def like(nest: Any, values: Iterator[Any]) -> Any:
+    """Nested tuples of the same kinds with other `values`, in the order of `leaves`."""
+    if not isinstance(nest, tuple):
+        return next(values)
+    parts = [like(part, values) for part in nest]
+    return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Frames of one task, ready for a step."""
 
-    #: arguments of the graph that depend on structures alone, as `arguments` declares them
-    structure: tuple[Tensor, ...]
+    #: as `declared` declares them
+    structures: Structures[Tensor]
     #: energies, forces and virials of the frames; zeros where `has` says that there is none
     energy: Tensor
     forces: Tensor
@@ -56,12 +115,15 @@ class Batch:
     has: Tensor
     #: (n_frames,) float64, atoms that count in the loss
     n_atoms: Tensor
-    #: (n_atoms,) int64
-    frames: Tensor
     #: (n_atoms,) float64, 0 for atoms of excluded types
     counted: Tensor
     #: atoms with more neighbours than the model keeps
     n_truncated: int
+
+    @cached_property
+    def data(self) -> tuple[Tensor, ...]:
+        """Arguments of the graph that depend on structures alone."""
+        return tuple(leaves(self.structures))
 
     @cached_property
     def per_atom(self) -> Tensor:
@@ -73,7 +135,7 @@ class Batch:
         """Weights that make sums of (ΔE/N)², |ΔF|² and (ΔW/N)²: (n_frames,), (n_atoms,), (n_frames,)."""
         has_energy, has_forces, has_virial = self.has.unbind(1)
         square = self.per_atom * self.per_atom
-        return has_energy * square, has_forces[self.frames] * self.counted, has_virial * square
+        return has_energy * square, has_forces[self.structures.frames] * self.counted, has_virial * square
 
     @cached_property
     def n_terms(self) -> Tensor:
@@ -83,7 +145,7 @@ class Batch:
         return torch.stack(terms).cpu()
 
     @cached_property
-    def mean_weights(self) -> Labels:
+    def mean_weights(self) -> Labels[Tensor]:
         """Labels whose weights make means: of ΔE²/N, of |ΔF|² over components, and of ΔW²/N over components.
 
         Each mean is over the frames that have the label.
@@ -100,14 +162,9 @@ class Batch:
         )
 
     @property
-    def types(self) -> Tensor:
-        """Type of every atom, shape (n_atoms,), int64."""
-        return self.structure[-1]
-
-    @property
     def n_bytes(self) -> int:
         """Memory of the arrays."""
-        return sum(x.numel() * x.element_size() for x in (*self.structure, self.forces))
+        return sum(x.numel() * x.element_size() for x in (*self.data, self.forces))
 
     def to(self, device: torch.device) -> Batch:
         """Copy to `device`; the batch itself where it is there."""
@@ -115,56 +172,54 @@ class Batch:
             return self
         moved = {
             name: getattr(self, name).to(device)
-            for name in ("energy", "forces", "virial", "has", "n_atoms", "frames", "counted")
+            for name in ("energy", "forces", "virial", "has", "n_atoms", "counted")
         }
-        return replace(self, structure=tuple(x.to(device) for x in self.structure), **moved)
+        structures = like(self.structures, (x.to(device) for x in self.data))
+        return replace(self, structures=structures, **moved)
 
 
-def arguments(model: EnergyModel) -> list[Argument]:
-    """Declare the arguments of the step that depend on structures alone, as `Batch.structure` orders them."""
-    displacements, tensors = model.arguments()
+def declared(model: EnergyModel) -> Structures[Argument]:
+    """Declare what the step reads of structures."""
+    displacements, tensors = map(tuple, model.arguments())
     index = torch.int64
-    declared = []
-    for call in range(n_calls(model)):
-        own = [_renamed(argument, call) for argument in (*displacements, *tensors)]
-        blocks = [Argument(argument.axes[:-1], index) for argument in own[: len(displacements)]]
-        declared += [*own, Argument((f"atoms in call {call}",), index), *blocks, *blocks]
-    for entries, rows in (("ends", "all atoms"), ("all slots", "frames"), ("all rows", "frames")):
-        declared += [Argument((entries,), index), Argument((rows,), index)]
-    return [*declared, Argument(("all atoms",), index), Argument(("all atoms",), index)]
+    slots = tuple(Argument(argument.axes[:-1], index) for argument in displacements)
+    call = ModelCall(displacements, tensors, Argument(("atoms",), index), slots, slots)
+    n_calls = 1 if model.descriptor.mixed_types else len(model.type_map)
+    calls = (like(call, (_within(argument, k) for argument in leaves(call))) for k in range(n_calls))
+    ends, slots_of_all, rows, of_frames, of_atoms = (
+        Argument((axis,), index) for axis in ("ends", "all slots", "all rows", "frames", "all atoms")
+    )
+    return Structures(
+        tuple(calls),
+        ends=(ends, of_atoms),
+        slots=(slots_of_all, of_frames),
+        rows=(rows, of_frames),
+        frames=of_atoms,
+        types=of_atoms,
+    )
 
 
-def _renamed(argument: Argument, call: int) -> Argument:
+def _within(argument: Argument, call: int) -> Argument:
     axes = tuple(f"{axis} in call {call}" if isinstance(axis, str) else axis for axis in argument.axes)
     return Argument(axes, argument.dtype)
 
 
-def n_calls(model: EnergyModel) -> int:
-    """How often a step calls the model: once per weight group."""
-    return 1 if model.descriptor.mixed_types else len(model.type_map)
-
-
-def make_batch(frames: Sequence[Frame], model: EnergyModel, default_fparam: Tensor | None) -> Batch:
+def make_batch(frames: Sequence[Frame], model: EnergyModel) -> Batch:
     """Build a batch of frames of any sizes.
-
-    Parameters
-    ----------
-    default_fparam
-        shape (numb_fparam,), for frames that carry none; None where the model has no default.
 
     Raises
     ------
     DataError
         An element is not in the type map, or a frame lacks a parameter that the model needs.
     """
-    inputs = frame_inputs(frames, model, default_fparam)
+    inputs = frame_inputs(frames, model)
     layouts, n_truncated = model.layouts(inputs, split=False)
     counted = torch.ones(len(model.type_map), dtype=torch.float64)
     counted[list(model.atom_exclude_types)] = 0.0
     counted = counted[inputs.types]
     virials = [frame.comparable_virial for frame in frames]
     return Batch(
-        structure=_structure(layouts, inputs),
+        structures=_structures(layouts, inputs),
         energy=torch.tensor([frame.energy or 0.0 for frame in frames], dtype=torch.float64),
         forces=torch.from_numpy(
             np.concatenate([np.zeros((len(f.atoms), 3)) if f.forces is None else f.forces for f in frames])
@@ -175,18 +230,15 @@ def make_batch(frames: Sequence[Frame], model: EnergyModel, default_fparam: Tens
             dtype=torch.float64,
         ),
         n_atoms=torch.zeros(len(frames), dtype=torch.float64).index_add_(0, inputs.frames, counted),
-        frames=inputs.frames,
         counted=counted,
         n_truncated=n_truncated,
     )
 
 
-def frame_inputs(
-    frames: Sequence[Frame], model: EnergyModel, default_fparam: Tensor | None = None
-) -> GraphInputs:
+def frame_inputs(frames: Sequence[Frame], model: EnergyModel) -> GraphInputs:
     """All pairs of some frames within the cutoff of a model; see `make_batch`."""
     atoms = [frame.atoms for frame in frames]
-    parameters = [parameters_of(frame, model, default_fparam) for frame in frames]
+    parameters = [parameters_of(frame, model) for frame in frames]
     fparam, aparam, charge_spin = zip(*parameters, strict=True)
     return graph_inputs(
         atoms,
@@ -213,7 +265,7 @@ def type_indices(frame: Frame, type_map: Sequence[str]) -> np.ndarray[tuple[int]
 
 
 def parameters_of(
-    frame: Frame, model: EnergyModel, default_fparam: ArrayLike | None
+    frame: Frame, model: EnergyModel
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Frame parameters, atomic parameters, and charge and spin of a frame.
 
@@ -222,31 +274,45 @@ def parameters_of(
     DataError
         The frame lacks what the model needs, or has it in another shape.
     """
-    atoms = frame.atoms
+    atoms, default = frame.atoms, model.fitting.default_fparam
     try:
-        return fparam_of(atoms, model, default_fparam), aparam_of(atoms, model), charge_spin_of(atoms, model)
+        return fparam_of(atoms, model, default), aparam_of(atoms, model), charge_spin_of(atoms, model)
     except StructureError as err:
         raise DataError(f"{frame.name}: {err}") from err
 
 
-def _structure(layouts: Sequence[Layout], inputs: GraphInputs) -> tuple[Tensor, ...]:
-    arrays: list[Tensor] = []
-    of_pairs = [with_empty(which, 0) for which in (inputs.centers, inputs.neighbors)]
-    centers, neighbors, atoms = [], [], []
-    for layout in layouts:
-        arrays += [*layout.displacements, *layout.tensors, layout.atoms]
-        # an empty slot, whose gradient is zero, names atom 0
-        ends = [[on_slots(which, block) for block in layout.blocks] for which in of_pairs]
-        arrays += [*ends[0], *ends[1]]
-        centers += [end.reshape(-1) for end in ends[0]]
-        neighbors += [end.reshape(-1) for end in ends[1]]
-        atoms.append(layout.atoms)
-    of_slots = torch.cat(centers)
-    both = torch.cat([of_slots, *neighbors])
-    for rows, n in (
-        (both, inputs.n_atoms),
-        (inputs.frames[of_slots], inputs.n_frames),
-        (inputs.frames[torch.cat(atoms)], inputs.n_frames),
-    ):
-        arrays += Index.of(rows, n)[1:]
-    return (*arrays, inputs.frames, inputs.types)
+def _structures(layouts: Sequence[Layout], inputs: GraphInputs) -> Structures[Tensor]:
+    of_centers, of_neighbors = (with_empty(which, 0) for which in (inputs.centers, inputs.neighbors))
+    calls = tuple(
+        ModelCall(
+            layout.displacements,
+            layout.tensors,
+            layout.atoms,
+            # an empty slot, whose gradient is zero, names atom 0
+            centers=tuple(on_slots(of_centers, block) for block in layout.blocks),
+            neighbors=tuple(on_slots(of_neighbors, block) for block in layout.blocks),
+        )
+        for layout in layouts
+    )
+    slots, ends = slots_and_ends(calls)
+    rows = torch.cat([call.atoms for call in calls])
+    return Structures(
+        calls,
+        ends=_sums(ends, inputs.n_atoms),
+        slots=_sums(inputs.frames[slots], inputs.n_frames),
+        rows=_sums(inputs.frames[rows], inputs.n_frames),
+        frames=inputs.frames,
+        types=inputs.types,
+    )
+
+
+def slots_and_ends(calls: Sequence[ModelCall[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Centre of every slot of all calls, (n_slots,), and atoms at all ends, centres first, (2 n_slots,)."""
+    centers = [ends.reshape(-1) for call in calls for ends in call.centers]
+    neighbors = [ends.reshape(-1) for call in calls for ends in call.neighbors]
+    return torch.cat(centers), torch.cat([*centers, *neighbors])
+
+
+def _sums(rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    index = Index.of(rows, n)
+    return index.order, index.starts

@@ -103,9 +103,8 @@ def finetuned(path: Path, head: str | None, plan: Plan, weights: AllWeights) -> 
     for link in plan.config.links:
         if link.part == "fitting_net":
             _settle_cases(link, origins, weights)
-    owners = Owners(plan.config.links)
-    _check_shared(owners, origins, weights)
-    weights.update(owners.joined(weights))
+    _check_shared(plan.owners, origins, weights)
+    weights.update(plan.owners.joined(weights))
     return origins
 
 

@@ -56,7 +56,7 @@ class LossConfig:
         ends = zip(LABELS, self.start, self.limit, strict=True)
         return [name for name, start, limit in ends if start or limit]
 
-    def labels(self, batch: Batch, ratio: float) -> Labels:
+    def labels(self, batch: Batch, ratio: float) -> Labels[Tensor]:
         """Labels of a batch with the weight of every squared error.
 
         p_E·mean_f(ΔE²/N^q) + p_F·Σ|ΔF|²/(3 Σ_f N) + p_V·mean_f(mean_9(ΔW²)/N^q), where q is 2 for an

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,11 @@ class Plan:
     def models(self) -> dict[str, EnergyModel]:
         """Model by head."""
         return {task.name: task.model for task in self.tasks}
+
+    @cached_property
+    def owners(self) -> Owners:
+        """Which head's tensor a weight is."""
+        return Owners(self.config.links)
 
 
 def make_plan(config: TrainConfig, *, dialect: str = "pt_expt", n_steps: int | None = None) -> Plan:
@@ -125,7 +131,7 @@ def _task(config: TaskConfig, systems: list[System], folder: Path, dialect: str)
         )
     validation = [] if config.validation is None else load_systems(config.validation, model.type_map, folder)
     for frame in (frame for system in systems + validation for frame in system.frames):
-        parameters_of(frame, model, model.fitting.default_fparam)
+        parameters_of(frame, model)
     return Task(config, model, systems, system_probabilities(config.training, systems), validation)
 
 
@@ -149,7 +155,6 @@ def _notes(task: Task, given: LossConfig) -> Iterator[str]:
 
 def describe_plan(plan: Plan) -> Iterator[str]:
     """Yield the lines of ``mtinfer train --check``."""
-    owners = Owners(plan.config.links)
     given = {task.name: task.loss for task in plan.config.tasks}
     for task, probability in zip(plan.tasks, plan.probabilities, strict=True):
         n_frames = sum(len(system.frames) for system in task.systems)
@@ -172,7 +177,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     for task in plan.tasks:
         specs = task.model.parameters()
         for name in trained_names(task.model, task.config.model):
-            counted[owners(task.name, name), name] = math.prod(specs[name].shape)
+            counted[plan.owners(task.name, name), name] = math.prod(specs[name].shape)
     yield f"parameters: {sum(counted.values()):,} trained"
     n_graphs = len({signature(task.model) for task in plan.tasks})
     yield f"graphs to compile: {n_graphs} for {len(plan.tasks)} task{'s' * (len(plan.tasks) > 1)}"

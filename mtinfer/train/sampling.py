@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from ase.data import atomic_numbers
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..data import Frame, read_frames
 from ..errors import ConfigError, DataError, StructureError
@@ -236,12 +235,12 @@ class Batches:
 
     Parameters
     ----------
-    models, default_fparams
+    models
         one per task.
     """
 
-    def __init__(self, models: Sequence[EnergyModel], default_fparams: Sequence[Tensor | None]) -> None:
-        self._models, self._default_fparams = models, default_fparams
+    def __init__(self, models: Sequence[EnergyModel]) -> None:
+        self._models = models
         self._kept: OrderedDict[tuple[int, int, tuple[int, ...]], Batch] = OrderedDict()
         self._n_bytes = 0
 
@@ -251,8 +250,7 @@ class Batches:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        frames = [system.frames[k] for k in chosen]
-        batch = make_batch(frames, self._models[task], self._default_fparams[task])
+        batch = make_batch([system.frames[k] for k in chosen], self._models[task])
         if system.batch_size == 1 or system.n_batches == 1:
             self._keep(key, batch)
         return batch

@@ -19,7 +19,7 @@ from ..errors import OutputError, TrainingError, user_level
 from ..files import check_output
 from .curves import CURVE, PICTURES, read_curve
 from .plan import Plan
-from .weights import AllWeights, Owners, trained_labels
+from .weights import AllWeights, trained_labels
 
 __all__ = ["OWN_ENTRY", "Keeper", "RunState", "head_records"]
 
@@ -192,7 +192,7 @@ class Keeper:
             OWN_ENTRY: {
                 "drawn": state.drawn,
                 "errors": state.errors,
-                "trained": trained_labels(self.plan.config, self.plan.models),
+                "trained": trained_labels(self.plan),
                 "dialect": self.plan.dialect,
             },
         }
@@ -213,7 +213,7 @@ class Keeper:
         )
 
     def _averaged(self, state: RunState) -> AllWeights:
-        owners, ema = Owners(self.plan.config.links), state.ema or {}
+        owners, ema = self.plan.owners, state.ema or {}
         return {
             head: {name: ema.get(f"{owners(head, name)}/{name}", tensor) for name, tensor in own.items()}
             for head, own in state.weights.items()

@@ -22,7 +22,7 @@ from ..options import COUNT_KEYS
 from .plan import Plan
 from .sampling import elements
 from .saving import OWN_ENTRY, RunState
-from .weights import Owners, trained_labels
+from .weights import trained_labels
 
 __all__ = ["Start", "changes", "resumed"]
 
@@ -86,13 +86,12 @@ def resumed(path: Path, plan: Plan) -> RunState:
             f"{str(path)!r} is at step {step} of {n_steps}, and no step is left; give more with --steps or "
             "training.numb_steps"
         )
-    owners = Owners(plan.config.links)
     stored = {name: record.weights for name, record in checkpoint.heads.items()}
     for head, model in plan.models.items():
         with of_file(path):
             check_weights(head, stored[head], model.parameters(), dialect=checkpoint.spelling)
     weights = {
-        head: {name: stored[owners(head, name)][name] for name in model.parameters()}
+        head: {name: stored[plan.owners(head, name)][name] for name in model.parameters()}
         for head, model in plan.models.items()
     }
     return RunState(
@@ -127,12 +126,11 @@ def _differences(checkpoint: Checkpoint, own: Mapping[str, Any], plan: Plan) -> 
             yield from changes(stored.get(key), given.get(key), f"{task.name}.{key}")
         if n_stored > len(task.systems):
             yield f"task {task.name!r} had {n_stored} systems, and has {len(task.systems)} in the input"
-    owners = Owners(plan.config.links)
     for head, name in ((head, name) for head, model in plan.models.items() for name in model.parameters()):
-        own_weight, shared = (checkpoint.heads[h].weights.get(name) for h in (head, owners(head, name)))
+        own_weight, shared = (checkpoint.heads[h].weights.get(name) for h in (head, plan.owners(head, name)))
         if own_weight is not None and shared is not None and not torch.equal(own_weight, shared):
-            yield f"heads {owners(head, name)!r} and {head!r} share {name!r} in the input only"
-    labels = trained_labels(plan.config, plan.models)
+            yield f"heads {plan.owners(head, name)!r} and {head!r} share {name!r} in the input only"
+    labels = trained_labels(plan)
     if own["trained"] != labels:
         others = sorted({*own["trained"]} ^ {*labels})
         which = f" ({others[0]!r} in one only)" if others else ""

@@ -172,10 +172,8 @@ def collect(
     moments = {block.prefix: torch.zeros(n_types, 2, 3, dtype=torch.float64) for block in blocks}
     nearest_square = torch.tensor(float("inf"), dtype=torch.float64)
     fparam, aparam = [], []
-    default = model.fitting.default_fparam
-    default_fparam = None if default is None else torch.tensor(default, dtype=torch.float64)
     for times, chunk in _chunks(counted):
-        inputs = frame_inputs(chunk, model, default_fparam)
+        inputs = frame_inputs(chunk, model)
         for block in blocks:
             moments[block.prefix] += times * _moments(block, inputs, n_types)
         if inputs.displacements.shape[0]:

@@ -6,30 +6,21 @@ so that one graph serves all tasks of one architecture, whatever weights they sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.sharing import is_trainable
-from ..graph import Compilation, CompileMode, SharedGraph
+from ..graph import Compilation, CompileMode, SharedGraph, signed
 from ..models import EnergyModel
 from ..models.gather import Index, lookup, segment_sum
 from ..models.layers import Weights
-from ..models.layout import Argument
-from .batch import Batch, Labels, arguments, n_calls
+from ..models.stage import Tensors
+from .batch import DECLARED_LABELS, Batch, Labels, Structures, declared, leaves, like, slots_and_ends
 
 __all__ = ["StepResult", "TrainingStep", "signature", "step_function"]
-
-_LABELS = (
-    Argument(("frames",)),
-    Argument(("frames",)),
-    Argument(("all atoms", 3)),
-    Argument(("all atoms",)),
-    Argument(("frames", 9)),
-    Argument(("frames",)),
-)
 
 
 @dataclass(frozen=True)
@@ -49,17 +40,11 @@ class StepResult:
 
 
 def signature(model: EnergyModel) -> str:
-    """Text that determines the compiled step of a model, besides the shapes of its weights."""
+    """Text that determines the compiled step of a model."""
     # what depends on weights alone is inside the step, and so are the constants that it is made from
     constants = (model.type_map, model.atom_exclude_types, model.fitting_exclude_types)
-    shapes = (f"{name} {spec.shape} {spec.dtype}" for name, spec in sorted(model.parameters().items()))
-    return "\n".join(["training step", repr(model), repr(constants), *shapes])
-
-
-def weight_names(model: EnergyModel) -> tuple[list[str], list[str]]:
-    """Names of the weights that training may change, and of the others, in the order of the graph."""
-    names = sorted(model.parameters())
-    return [n for n in names if is_trainable(n)], [n for n in names if not is_trainable(n)]
+    architecture = "\n".join(["training step", repr(model), repr(constants)])
+    return signed(architecture, dict(sorted(model.parameters().items())))
 
 
 class TrainingStep:
@@ -77,62 +62,59 @@ class TrainingStep:
 
     def __init__(self, model: EnergyModel, weights: Weights, mode: CompileMode) -> None:
         self.model = model
-        self.trained, self.fixed = weight_names(model)
-        self.graph = SharedGraph(
+        self._names = sorted(model.parameters())
+        self.trained = [name for name in self._names if is_trainable(name)]
+        self.graph = SharedGraph.of_named(
             step_function(model),
             signature(model),
-            [*arguments(model), *_LABELS],
-            [weights[name].detach() for name in (*self.trained, *self.fixed)],
+            list(leaves((declared(model), DECLARED_LABELS))),
+            self._named(weights),
             Compilation(mode),
         )
 
-    def __call__(self, batch: Batch, labels: Labels, weights: Mapping[str, Tensor]) -> StepResult:
+    def __call__(self, batch: Batch, labels: Labels[Tensor], weights: Weights) -> StepResult:
         """Evaluate the loss of `batch` and its gradients."""
-        ordered = self._ordered(weights)
-        loss, energy, forces, virial, *gradients = self.graph((*batch.structure, *labels), ordered)
+        named = self._named(weights)
+        loss, energy, forces, virial, *gradients = self.graph((*batch.data, *labels), tuple(named.values()))
         return StepResult(loss, energy, forces, virial, dict(zip(self.trained, gradients, strict=True)))
 
-    def without_effect(self, batch: Batch, labels: Labels, weights: Mapping[str, Tensor]) -> frozenset[str]:
+    def unused_weights(self, batch: Batch, labels: Labels[Tensor], weights: Weights) -> frozenset[str]:
         """Weights that the loss does not depend on, whatever the batch; their gradients are zero.
 
         Like edge and angle updates in the last layer of DPA-3. Evaluates eagerly.
         """
-        values = (*batch.structure, *labels, *self._ordered(weights))
         with torch.enable_grad():
-            loss, _, varied = _loss(self.model, values)
-            gradients = torch.autograd.grad(loss, varied, allow_unused=True)
-        found = zip(self.trained, gradients, strict=True)
-        return frozenset(name for name, gradient in found if gradient is None)
+            loss, _, varied = _loss(self.model, (*batch.data, *labels), self._named(weights))
+            gradients = torch.autograd.grad(loss, list(varied.values()), allow_unused=True)
+        return frozenset(name for name, gradient in zip(varied, gradients, strict=True) if gradient is None)
 
-    def _ordered(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
-        return [weights[name].detach() for name in (*self.trained, *self.fixed)]
+    def _named(self, weights: Weights) -> dict[str, Tensor]:
+        return {name: weights[name].detach() for name in self._names}
 
 
-def step_function(model: EnergyModel):  # type: ignore[no-untyped-def]
-    """Return ``function(*structure, *labels, *trained, *fixed) -> (loss, E, F, W, *gradients)``."""
+def step_function(model: EnergyModel) -> Callable[[Tensors, Weights], Tensors]:
+    """Return ``function(data, weights) -> (loss, E, F, W, *gradients)``; data: batch and labels."""
 
-    def function(*values: Tensor) -> tuple[Tensor, ...]:
+    def function(data: Tensors, named: Weights) -> Tensors:
         with torch.enable_grad():
-            loss, predicted, varied = _loss(model, values)
-            gradients = torch.autograd.grad(loss, varied, materialize_grads=True)
+            loss, predicted, varied = _loss(model, data, named)
+            gradients = torch.autograd.grad(loss, list(varied.values()), materialize_grads=True)
         return (loss.detach(), *(array.detach() for array in predicted), *gradients)
 
     return function
 
 
-def _loss(model: EnergyModel, values: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor]]:
+def _loss(
+    model: EnergyModel, data: Tensors, named: Weights
+) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor]]:
     """Loss, predictions, and the trained weights that both can be differentiated by."""
-    trained, fixed = weight_names(model)
-    n_structure = len(arguments(model))
-    n_data = n_structure + len(_LABELS)
-    structure, labels = values[:n_structure], Labels(*values[n_structure:n_data])
-    constant = dict(zip(fixed, values[n_data + len(trained) :], strict=True))
-    varied = [weight.detach().requires_grad_(True) for weight in values[n_data:][: len(trained)]]
-    predicted = predict(model, structure, dict(zip(trained, varied, strict=True)) | constant)
+    structures, labels = like((declared(model), DECLARED_LABELS), iter(data))
+    varied = {name: w.detach().requires_grad_(True) for name, w in named.items() if is_trainable(name)}
+    predicted = predict(model, structures, {**named, **varied})
     return total_loss(predicted, labels), predicted, varied
 
 
-def total_loss(predicted: tuple[Tensor, ...], labels: Labels) -> Tensor:
+def total_loss(predicted: tuple[Tensor, ...], labels: Labels[Tensor]) -> Tensor:
     """Weighted sum of all squared errors."""
     energy, forces, virial = predicted
     return (
@@ -143,40 +125,30 @@ def total_loss(predicted: tuple[Tensor, ...], labels: Labels) -> Tensor:
 
 
 def predict(
-    model: EnergyModel, structure: Sequence[Tensor], weights: Weights
+    model: EnergyModel, structures: Structures[Tensor], weights: Weights
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Energies (n_frames,), forces (n_atoms, 3) and virials (n_frames, 9) of a batch, differentiable.
 
     Parameters
     ----------
-    structure
-        as in `Batch.structure`.
     weights
         canonical name -> tensor.
     """
-    groups = model.prepare(weights)
-    displaced, tensors = (len(declared) for declared in model.arguments())
-    *calls, ends, ends_starts, slots, slots_starts, rows, rows_starts, frames, types = structure
-    energies, gradients, vectors, atoms, centers, neighbors = [], [], [], [], [], []
-    size = len(calls) // n_calls(model)
-    for group, own in zip(groups, (calls[k : k + size] for k in range(0, len(calls), size)), strict=True):
-        arrays, own = tuple(own[:displaced]), own[displaced:]
-        energy, *gradient = model.energies_and_gradients(arrays, tuple(own[:tensors]), group)
+    energies, gradients, vectors = [], [], []
+    for group, call in zip(model.prepare(weights), structures.calls, strict=True):
+        energy, *gradient = model.energies_and_gradients(call.displacements, call.tensors, group)
         energies.append(energy.unsqueeze(1))
-        atoms.append(own[tensors])
-        blocks = own[tensors + 1 :]
-        for k in range(displaced):
-            gradients.append(gradient[k].reshape(-1, 3))
-            vectors.append(arrays[k].reshape(-1, 3))
-            centers.append(blocks[k].reshape(-1))
-            neighbors.append(blocks[displaced + k].reshape(-1))
-    g, of_slots = torch.cat(gradients), torch.cat(centers)
-    both = Index(torch.cat([of_slots, *neighbors]), ends, ends_starts)
-    by_slot = Index(frames.index_select(0, of_slots), slots, slots_starts)
-    of_rows = torch.cat(atoms)
-    by_row = Index(frames.index_select(0, of_rows), rows, rows_starts)
-    energy = torch.cat(energies) + lookup(model.bias(weights).unsqueeze(1), types.index_select(0, of_rows))
+        gradients += [array.reshape(-1, 3) for array in gradient]
+        vectors += [array.reshape(-1, 3) for array in call.displacements]
+    slots, ends = slots_and_ends(structures.calls)
+    rows = torch.cat([call.atoms for call in structures.calls])
+    frames, types = structures.frames, structures.types
+    to_atoms = Index(ends, *structures.ends)
+    slots_to_frames = Index(frames.index_select(0, slots), *structures.slots)
+    rows_to_frames = Index(frames.index_select(0, rows), *structures.rows)
+    energy = torch.cat(energies) + lookup(model.bias(weights).unsqueeze(1), types.index_select(0, rows))
     # F_k = Σ_(k,j) g - Σ_(i,k) g and W = -Σ g ⊗ d, with g = dE/dd and d = r_j - r_i
-    forces = segment_sum(torch.cat([g, -g]), both)
+    g = torch.cat(gradients)
+    forces = segment_sum(torch.cat([g, -g]), to_atoms)
     outer = (g.unsqueeze(2) * torch.cat(vectors).unsqueeze(1)).reshape(-1, 9)
-    return segment_sum(energy, by_row).squeeze(1), forces, -segment_sum(outer, by_slot)
+    return segment_sum(energy, rows_to_frames).squeeze(1), forces, -segment_sum(outer, slots_to_frames)

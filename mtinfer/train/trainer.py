@@ -34,7 +34,6 @@ from .statistics import collect, times_drawn
 from .step import TrainingStep, signature
 from .weights import (
     AllWeights,
-    Owners,
     initial_weights,
     set_statistics,
     trained_labels,
@@ -89,11 +88,7 @@ class Trainer:
         self.keeper = Keeper(folder, plan)
         #: task -> what it started from, on the first process of a fine-tuning
         self.origins: dict[str, Origin] = {}
-        self._owners = Owners(plan.config.links)
-        self._batches = Batches(
-            [task.model for task in plan.tasks],
-            [_default_fparam(task) for task in plan.tasks],
-        )
+        self._batches = Batches([task.model for task in plan.tasks])
         state = self._start(start or Start())
         self.step = state.step
         self.weights = _on_device(state.weights, self.device)
@@ -109,7 +104,7 @@ class Trainer:
         #: task -> name of each weight that it trains -> "owner/name"
         self._trained = {
             task.name: {
-                name: f"{self._owners(task.name, name)}/{name}"
+                name: f"{plan.owners(task.name, name)}/{name}"
                 for name in sorted(trained_names(task.model, task.config.model))
             }
             for task in plan.tasks
@@ -130,7 +125,7 @@ class Trainer:
         self._flags = torch.tensor([0.0, 1.0], device=self.device).unbind()
         self._no_centers = torch.zeros(0, device=self.device)
         #: task -> weights that its loss does not depend on
-        self._without_effect: dict[str, frozenset[str]] = {}
+        self._unused: dict[str, frozenset[str]] = {}
         self._last_pictures = -math.inf
         #: tasks whose neighbours were found to be too many
         self._warned: set[str] = set()
@@ -148,7 +143,7 @@ class Trainer:
             return state
         if start.finetune is None:
             refuse_heads(self.plan)
-        weights = self._owners.joined(self.ranks.from_first(lambda: self._first_weights(start)))
+        weights = self.plan.owners.joined(self.ranks.from_first(lambda: self._first_weights(start)))
         n_tasks = len(self.plan.tasks)
         errors = torch.zeros(n_tasks, 2, 3, dtype=torch.float64)
         observed = {task.name: sorted(elements(task.systems)) for task in self.plan.tasks}
@@ -156,13 +151,12 @@ class Trainer:
 
     def _first_weights(self, start: Start) -> AllWeights:
         plan = self.plan
-        weights = initial_weights(plan.config, plan.models)
+        weights = initial_weights(plan)
         found = {
             task.name: collect(task.systems, task.model, task.config.model, dialect=plan.dialect)
             for task in plan.tasks
         }
-        probabilities = dict(zip(plan.models, map(float, plan.probabilities), strict=True))
-        set_statistics(weights, plan.config, plan.models, found, probabilities, dialect=plan.dialect)
+        set_statistics(weights, plan, found)
         if start.finetune is not None:
             self.origins = finetuned(start.finetune, start.head, plan, weights)
             for k, task in enumerate(plan.tasks):
@@ -191,7 +185,7 @@ class Trainer:
 
     def _parameters(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for label in trained_labels(self.plan.config, self.plan.models):
+        for label in trained_labels(self.plan):
             head, _, name = label.rpartition("/")
             found[label] = self.weights[head][name]
         return found
@@ -290,8 +284,8 @@ class Trainer:
                     batch = self._batch(k, 0, system, next(_in_order(system, 1)))
                     values = batch, task.config.loss.labels(batch, 1.0), self.weights[task.name]
                     step(*values)
-                    found = step.without_effect(*values)
-                    self._without_effect |= {name: found for name, own in self.steps.items() if own is step}
+                    found = step.unused_weights(*values)
+                    self._unused |= {name: found for name, own in self.steps.items() if own is step}
             self.ranks.wait()
 
     def _advance(self, asked: Callable[[], bool]) -> tuple[float, bool]:
@@ -315,7 +309,7 @@ class Trainer:
         self.keeper.accept()
         self._thin_out()
         self._errors[k] = self._errors[k] + Errors.of(batch, result.energy, result.forces, result.virial)
-        still = self._without_effect[task.name].union(
+        still = self._unused[task.name].union(
             *(self._of_centers[task.name][t] for t in (n_centers == 0.0).nonzero().squeeze(1).tolist())
         )
         found = zip(trained.items(), gradients, strict=True)
@@ -327,14 +321,14 @@ class Trainer:
         """Atoms of every type that has weights of its own, shape (n_types,) or (0,)."""
         if not self._of_centers[task.name]:
             return self._no_centers
-        return torch.bincount(batch.types, minlength=len(task.model.type_map)).to(torch.float64)
+        return torch.bincount(batch.structures.types, minlength=len(task.model.type_map)).to(torch.float64)
 
     def _batch(self, k: int, index: int, system: System, chosen: tuple[int, ...]) -> Batch:
         """Batch on the device of the run; warns once per task of neighbours that are left out."""
         task, batch = self.plan.tasks[k], self._batches(k, index, system, chosen)
         if batch.n_truncated and self.ranks.is_first and task.name not in self._warned:
             self._warned.add(task.name)
-            text = truncation(batch.n_truncated, len(batch.frames), task.name, task.model)
+            text = truncation(batch.n_truncated, len(batch.forces), task.name, task.model)
             warnings.warn(
                 f"{text}; the nearest are used, and the energy is not smooth there; raise the counts",
                 PredictionWarning,
@@ -430,11 +424,6 @@ class Trainer:
                 plot_curve(rows, task.name, self.folder / picture_name(task.name))
         except OutputError as err:
             warnings.warn(f"{err}; the training goes on without pictures", stacklevel=user_level())
-
-
-def _default_fparam(task: Task) -> Tensor | None:
-    default = task.model.fitting.default_fparam
-    return None if default is None else torch.tensor(default, dtype=torch.float64)
 
 
 def _graphs(plan: Plan, weights: AllWeights, mode: CompileMode) -> dict[str, TrainingStep]:

@@ -163,8 +163,8 @@ def _training(path: Path) -> Way:
     def evaluate(state: HeadState, frames: Sequence[Frame]) -> list[Prediction]:
         found: list[Prediction] = []
         for batch_frames in _batches(frames):
-            batch = make_batch(batch_frames, state.model, state.default_fparam)
-            energy, forces, virial = predict(state.model, batch.structure, records[state.name].weights)
+            batch = make_batch(batch_frames, state.model)
+            energy, forces, virial = predict(state.model, batch.structures, records[state.name].weights)
             sizes = [len(frame.atoms) for frame in batch_frames]
             for e, f, w, n in zip(energy, forces.split(sizes), virial, sizes, strict=True):
                 # the step sums over atoms, so that atomic energies are not among its results

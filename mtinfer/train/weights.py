@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,12 @@ from ..models import EnergyModel
 from ..models.descriptor import Descriptor
 from ..models.hybrid import MEMBERS, Hybrid, member_name
 from ..models.se_e2_a import SeE2A
-from .config import TrainConfig
+from .config import TaskConfig
 from .model_section import Link
 from .statistics import TaskStatistics, environment_weights, merged, parameter_weights, stat_blocks
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 __all__ = [
     "Owners",
@@ -79,27 +82,26 @@ def check_shapes(links: Sequence[Link], models: Mapping[str, EnergyModel]) -> No
                 )
 
 
-def initial_weights(config: TrainConfig, models: Mapping[str, EnergyModel]) -> AllWeights:
+def initial_weights(plan: Plan) -> AllWeights:
     """Draw weights for all heads; statistics are those of no data.
 
     The draw of a weight depends on the seed, the head that owns it, and its name.
     """
-    names = sorted(models)
+    cases = {head: case for case, head in enumerate(sorted(plan.models))}
     weights = {
         task.name: {
-            name: _drawn(config, task.name, name, spec, names)
-            for name, spec in models[task.name].parameters().items()
+            name: _drawn(name, spec, task.config, plan.config.run.seed, cases[task.name])
+            for name, spec in task.model.parameters().items()
         }
-        for task in config.tasks
+        for task in plan.tasks
     }
-    return Owners(config.links).joined(weights)
+    return plan.owners.joined(weights)
 
 
-def _drawn(config: TrainConfig, head: str, name: str, spec: ParameterSpec, heads: Sequence[str]) -> Tensor:
-    model = next(task.model for task in config.tasks if task.name == head)
-    section = _described(name, model) if name.startswith("descriptor.") else model["fitting_net"]
-    seed = zlib.crc32(f"{config.run.seed}/{section.get('seed')}/{head}/{name}".encode())
-    return initial_weight(name, spec, model, torch.Generator().manual_seed(seed), heads.index(head))
+def _drawn(name: str, spec: ParameterSpec, task: TaskConfig, seed: int, case: int) -> Tensor:
+    section = _described(name, task.model) if name.startswith("descriptor.") else task.model["fitting_net"]
+    own = zlib.crc32(f"{seed}/{section.get('seed')}/{task.name}/{name}".encode())
+    return initial_weight(name, spec, task.model, torch.Generator().manual_seed(own), case)
 
 
 def initial_weight(
@@ -188,53 +190,45 @@ def weights_of_centers(model: EnergyModel) -> list[frozenset[str]]:
     return found if any(found) else []
 
 
-def trained_labels(config: TrainConfig, models: Mapping[str, EnergyModel]) -> list[str]:
+def trained_labels(plan: Plan) -> list[str]:
     """Labels ``<owner>/<name>`` of the weights that the optimizer may change, in its order."""
-    owners = Owners(config.links)
     labels = {
-        f"{owners(task.name, name)}/{name}": None
-        for task in config.tasks
-        for name in sorted(trained_names(models[task.name], task.model))
+        f"{plan.owners(task.name, name)}/{name}": None
+        for task in plan.tasks
+        for name in sorted(trained_names(task.model, task.config.model))
     }
     return list(labels)
 
 
-def set_statistics(
-    weights: AllWeights,
-    config: TrainConfig,
-    models: Mapping[str, EnergyModel],
-    statistics: Mapping[str, TaskStatistics],
-    probabilities: Mapping[str, float],
-    *,
-    dialect: str = "pt_expt",
-) -> None:
+def set_statistics(weights: AllWeights, plan: Plan, statistics: Mapping[str, TaskStatistics]) -> None:
     """Put the statistics of the data into the weights, merged over heads that share them.
 
     Heads count by their probabilities; for descriptors of "pt" alike, as in deepmd-kit.
     """
-    for task in config.tasks:
-        head = task.name
-        own, model, found = weights[head], models[head], statistics[head]
+    links, alike = plan.config.links, plan.dialect == "pt"
+    probabilities = dict(zip(plan.models, map(float, plan.probabilities), strict=True))
+    for task in plan.tasks:
+        own, model, found = weights[task.name], task.model, statistics[task.name]
         own["out_bias"], own["out_std"] = found.out_bias.clone(), found.out_std.clone()
         own["min_nbor_dist"] = torch.tensor(found.min_distance, dtype=torch.float64)
-        for block in stat_blocks(model, task.model["descriptor"]):
-            described = _linked(config, block.prefix, head)
+        for block in stat_blocks(model, task.config.model["descriptor"]):
+            described = _linked(links, block.prefix, task.name)
             moments = merged(
                 [statistics[other].moments[block.prefix] for other in described],
-                [1.0 if dialect == "pt" else probabilities[other] for other in described],
+                [1.0 if alike else probabilities[other] for other in described],
             )
             own |= environment_weights(block, moments, own[f"{block.prefix}.mean"].dtype)
-        fitted = _linked(config, "fitting_net", head)
+        fitted = _linked(links, "fitting_net", task.name)
         shares_of = [probabilities[other] for other in fitted]
         for name in ("fparam", "aparam"):
             sums = merged([getattr(statistics[other], name) for other in fitted], shares_of)
             own |= parameter_weights(name, sums, model.fitting.dtype)
-    weights.update(Owners(config.links).joined(weights))
+    weights.update(plan.owners.joined(weights))
 
 
-def _linked(config: TrainConfig, prefix: str, head: str) -> list[str]:
+def _linked(links: Sequence[Link], prefix: str, head: str) -> list[str]:
     """Heads whose statistics make those of `head` for the weights with a prefix, the base first."""
-    for link in config.links:
+    for link in links:
         levels = dict(link.heads)
         if f"{prefix}.".startswith(f"{link.part}.") and levels.get(head) == 0:
             return [other for other, level in link.heads if level == 0]

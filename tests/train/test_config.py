@@ -68,7 +68,7 @@ def test_members_of_hybrid_descriptors_are_shared_by_name() -> None:
     plan = plan_of(_hybrids([other, "desc"], [other, "desc"]))
     part = "descriptor.descrpt_list.1"
     assert plan.config.links == (Link(part, "desc", (("clusters", 0), ("copper", 0))),)
-    weights = initial_weights(plan.config, plan.models)
+    weights = initial_weights(plan)
     for name, tensor in weights["clusters"].items():
         if name.startswith("descriptor."):
             assert (weights["copper"][name] is tensor) == name.startswith(f"{part}."), name
@@ -416,7 +416,7 @@ def test_the_older_spelling_fixes_standard_deviations_at_their_default() -> None
     for skip_stat, expected in ((False, 1.0), (True, 0.3)):
         repflow["skip_stat"] = skip_stat
         plan = plan_of(content)
-        weights = initial_weights(plan.config, plan.models)["copper"]
+        weights = initial_weights(plan)["copper"]
         assert set(weights["descriptor.repflows.stddev"].flatten().tolist()) == {expected}
 
 

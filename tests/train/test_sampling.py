@@ -60,7 +60,7 @@ def test_a_system_of_one_batch_is_prepared_once() -> None:
         own["training_data"]["batch_size"] = 100
     plan = plan_of(content)
     sampler = sampler_of(plan)
-    batches = Batches([task.model for task in plan.tasks], [None] * len(plan.tasks))
+    batches = Batches([task.model for task in plan.tasks])
     for step in range(60):
         task, index, chosen = sampler.draw(step)
         batches(task, index, plan.tasks[task].systems[index], chosen)
@@ -70,9 +70,9 @@ def test_a_system_of_one_batch_is_prepared_once() -> None:
 def test_prepared_batches_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     task = plan_of(shared_input("dpa1strip")).tasks[0]
     system = task.systems[0]
-    sizes = [make_batch([frame], task.model, None).n_bytes for frame in system.frames[:2]]
+    sizes = [make_batch([frame], task.model).n_bytes for frame in system.frames[:2]]
     monkeypatch.setattr("mtinfer.train.sampling._CACHE_BYTES", max(sizes))
-    batches = Batches([task.model], [None])
+    batches = Batches([task.model])
     made = [batches(0, 0, system, (k,)) for k in (0, 1, 0, 1)]
     assert len({id(batch) for batch in made}) == len(made)  # each made the one before go
     assert batches(0, 0, system, (1,)) is made[-1]

@@ -39,13 +39,12 @@ def _stored() -> dict[str, Any]:
 
 def _statistics(plan: Plan) -> dict[str, dict[str, Tensor]]:
     """Weights of a plan after its data set the statistics."""
-    weights = initial_weights(plan.config, plan.models)
+    weights = initial_weights(plan)
     found = {
         task.name: collect(task.systems, task.model, task.config.model, dialect=plan.dialect)
         for task in plan.tasks
     }
-    probabilities = dict(zip(plan.models, plan.probabilities, strict=True))
-    set_statistics(weights, plan.config, plan.models, found, probabilities, dialect=plan.dialect)
+    set_statistics(weights, plan, found)
     return weights
 
 

@@ -28,7 +28,7 @@ GRADIENT_TOLERANCE = 1e-10
 
 def weights_of(plan: Plan, seed: int = 0) -> dict[str, dict[str, Tensor]]:
     """Initial weights with statistics that are not trivial."""
-    weights = initial_weights(plan.config, plan.models)
+    weights = initial_weights(plan)
     generator = torch.Generator().manual_seed(seed)
     for tensor in {id(t): t for own in weights.values() for t in own.values()}.values():
         tensor.add_(torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype), alpha=0.1)
@@ -38,7 +38,7 @@ def weights_of(plan: Plan, seed: int = 0) -> dict[str, dict[str, Tensor]]:
 def batch_and_labels(plan: Plan, task: int, frames: int = 2) -> tuple[Batch, Labels]:
     """Frames of different sizes: one of each system."""
     chosen = [system.frames[0] for system in plan.tasks[task].systems[:frames]]
-    batch = make_batch(chosen, plan.tasks[task].model, None)
+    batch = make_batch(chosen, plan.tasks[task].model)
     return batch, plan.tasks[task].config.loss.labels(batch, 0.7)
 
 
@@ -57,7 +57,7 @@ def double_backward(
             return energies, *torch.autograd.grad(energies.sum(), arrays, create_graph=True)
 
     varied = {n: t.detach().clone().requires_grad_(n in names) for n, t in weights.items()}
-    loss = total_loss(predict(Autograd(), batch.structure, varied), labels)  # type: ignore[arg-type]
+    loss = total_loss(predict(Autograd(), batch.structures, varied), labels)  # type: ignore[arg-type]
     found = torch.autograd.grad(loss, [varied[name] for name in names], allow_unused=True)
     zeros = (torch.zeros_like(varied[name]) for name in names)
     return loss.detach(), {
@@ -145,13 +145,13 @@ def test_a_batch_is_the_mean_of_its_frames() -> None:
     weights = weights_of(plan)["clusters"]
     step = TrainingStep(task.model, weights, "off")
     frames = [system.frames[0] for system in task.systems]
-    together = make_batch(frames, task.model, None)
+    together = make_batch(frames, task.model)
     result = step(together, task.config.loss.labels(together, 1.0), weights)
     for k, frame in enumerate(frames):
-        single = make_batch([frame], task.model, None)
+        single = make_batch([frame], task.model)
         alone = step(single, task.config.loss.labels(single, 1.0), weights)
         assert float(alone.energy[0]) == pytest.approx(float(result.energy[k]), abs=1e-12)
-        own = result.forces[together.frames == k]
+        own = result.forces[together.structures.frames == k]
         torch.testing.assert_close(own, alone.forces, rtol=0, atol=1e-12)
 
 
@@ -161,10 +161,10 @@ def test_loss_and_errors_by_their_definition(intensive: bool) -> None:
     frames = [system.frames[0] for system in task.systems]
     frames = [replace(frames[0], forces=None), replace(frames[1], energy=None), *frames, frames[0]]
     frames[2] = replace(frames[2], virial=None)
-    batch = make_batch(frames, task.model, None)
+    batch = make_batch(frames, task.model)
     counted = torch.ones_like(batch.counted)
     counted[::3] = 0.0  # as those of excluded types
-    sizes = torch.zeros_like(batch.n_atoms).index_add_(0, batch.frames, counted)
+    sizes = torch.zeros_like(batch.n_atoms).index_add_(0, batch.structures.frames, counted)
     assert len(set(sizes.tolist())) > 1
     batch = replace(batch, counted=counted, n_atoms=sizes)
     generator = torch.Generator().manual_seed(0)
@@ -175,7 +175,7 @@ def test_loss_and_errors_by_their_definition(intensive: bool) -> None:
     energies, forces, virials, n_terms = [], [], [], 0
     for k, frame in enumerate(frames):
         energy, virial = float(predicted[0][k]), predicted[2][k].numpy()
-        own = batch.frames == k
+        own = batch.structures.frames == k
         if frame.energy is not None:
             energies.append((energy - frame.energy, sizes[k]))
         if frame.forces is not None:
@@ -217,7 +217,7 @@ def test_virials_of_open_structures_are_no_labels() -> None:
     boxed = frame.atoms.copy()
     boxed.set_cell([9.0, 9.0, 9.0])
     boxed.pbc = True
-    batch = make_batch([frame, replace(frame, atoms=boxed)], task.model, None)
+    batch = make_batch([frame, replace(frame, atoms=boxed)], task.model)
     assert batch.has[:, 2].tolist() == [0.0, 1.0]
     assert batch.virial[0].abs().max() == 0.0
 
@@ -228,7 +228,7 @@ def test_terms_are_means_over_the_frames_that_have_the_label() -> None:
     frames = [system.frames[0] for system in task.systems]
     unlabelled = [replace(frame, energy=None, forces=None, virial=None) for frame in frames]
     alone, more, none = (
-        make_batch(chosen, task.model, None) for chosen in (frames, frames + unlabelled, unlabelled)
+        make_batch(chosen, task.model) for chosen in (frames, frames + unlabelled, unlabelled)
     )
     own, padded = (task.config.loss.labels(batch, 0.7) for batch in (alone, more))
     for name in ("energy_weight", "force_weight", "virial_weight"):
@@ -278,7 +278,7 @@ def test_shared_fitting_net_with_different_descriptors() -> None:
         {"clusters": DESCRIPTORS["dpa1strip"], "copper": other}, dict.fromkeys(SYSTEMS, "fit")
     )
     plan = plan_of(content)
-    common = _owned(initial_weights(plan.config, plan.models))
+    common = _owned(initial_weights(plan))
     assert all(name.startswith("fitting_net.") for name in common)
     assert "fitting_net.nets.0.layers.0.w" in common
     assert "fitting_net.case_embd" not in common
@@ -288,7 +288,7 @@ def test_shared_fitting_net_with_different_descriptors() -> None:
 def test_level_one_shares_the_type_embedding_alone() -> None:
     content = training_input({"clusters": "desc", "copper": "desc:1"}, dict.fromkeys(SYSTEMS, FITTING))
     plan = plan_of(content)
-    assert _owned(initial_weights(plan.config, plan.models)) == {"descriptor.type_embedding.layers.0.w"}
+    assert _owned(initial_weights(plan)) == {"descriptor.type_embedding.layers.0.w"}
     assert signature(plan.tasks[0].model) == signature(plan.tasks[1].model)
 
 
@@ -297,7 +297,7 @@ def test_equal_architectures_that_share_nothing_have_one_graph() -> None:
         dict.fromkeys(SYSTEMS, DESCRIPTORS["dpa1strip"]), dict.fromkeys(SYSTEMS, FITTING)
     )
     plan = plan_of(content)
-    weights = initial_weights(plan.config, plan.models)
+    weights = initial_weights(plan)
     assert not _owned(weights)
     name = "fitting_net.nets.0.layers.0.w"
     assert not torch.equal(weights["clusters"][name], weights["copper"][name])
@@ -333,10 +333,10 @@ def test_gradients_with_all_elements_need_no_memory_for_pairs_of_them(mode: Any)
     assert mode == "off" or step.graph.is_compiled
     task = plan.tasks[0]
     batch, labels = batch_and_labels(plan, 0)
-    ordered = [weights_of(plan)[task.name][name] for name in (*step.trained, *step.fixed)]
-    one_hot = batch.structure[2].numel() * 118**2
+    ordered = [weight for _, weight in sorted(weights_of(plan)[task.name].items())]
+    one_hot = batch.data[2].numel() * 118**2
     with _Sizes() as sizes:
-        step.graph.function(*batch.structure, *labels, *ordered)
+        step.graph.function(*batch.data, *labels, *ordered)
     assert max(sizes.found) < one_hot / 2
 
 

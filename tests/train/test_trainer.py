@@ -94,7 +94,7 @@ def test_weights_without_effect_do_not_decay(tmp_path: Path) -> None:
     still = {name for name, weight in trainer.parameters.items() if torch.equal(weight, before[name])}
     last = DESCRIPTORS["dpa3"]["repflow"]["nlayers"] - 1
     assert f"clusters/descriptor.repflows.layers.{last}.edge_self_linear.w" in still
-    assert {name.split("/")[1] for name in still} == trainer._without_effect["copper"]
+    assert {name.split("/")[1] for name in still} == trainer._unused["copper"]
     updates = trainer.optimizer.state_dict()["state"]
     assert len(updates) == len(before) - len(still)
 

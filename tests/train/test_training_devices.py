@@ -22,19 +22,20 @@ from mtinfer.train.weights import initial_weights
 
 
 def weights_of(plan: Plan) -> dict[str, Tensor]:
-    return initial_weights(plan.config, plan.models)[plan.tasks[0].name]
+    return initial_weights(plan)[plan.tasks[0].name]
 
 
 @pytest.mark.parametrize("kind", DESCRIPTORS)
 def test_the_step_has_no_tensors_of_its_own_elsewhere(kind: str) -> None:
     plan = plan_of(shared_input(kind, fitting=True))
     task, weights = plan.tasks[0], weights_of(plan)
-    step = TrainingStep(task.model, weights, "off")
-    batch = make_batch([system.frames[0] for system in task.systems], task.model, None)
+    batch = make_batch([system.frames[0] for system in task.systems], task.model)
     labels = task.config.loss.labels(batch, 0.7)
-    ordered = [weights[name].detach() for name in (*step.trained, *step.fixed)]
     with OneDevice():
-        outputs = step_function(task.model)(*on_meta((*batch.structure, *labels, *ordered)))
+        data = tuple(on_meta((*batch.data, *labels)))
+        outputs = step_function(task.model)(
+            data, dict(zip(weights, on_meta(list(weights.values())), strict=True))
+        )
     assert {output.device.type for output in outputs} == {"meta"}
 
 
@@ -43,7 +44,7 @@ def test_the_step_has_no_tensors_of_its_own_elsewhere(kind: str) -> None:
 def test_gradients_are_those_of_the_cpu(kind: str) -> None:
     plan = plan_of(shared_input(kind, fitting=True))
     task, weights = plan.tasks[0], weights_of(plan)
-    batch = make_batch([system.frames[0] for system in task.systems], task.model, None)
+    batch = make_batch([system.frames[0] for system in task.systems], task.model)
     found = []
     for device in (GPU, torch.device("cpu")):
         own = {name: tensor.to(device) for name, tensor in weights.items()}
