@@ -249,7 +249,7 @@ class SharedGraph:
         compiled = self._compiled  # another thread may give it up
         if compiled is None or self.mode == "off":
             return self.function(*data, *weights)
-        _require_declared(self.arguments, data)
+        _require_declared(self.arguments, data, self.weights[0].device)
         if self._unconfirmed is None:
             return self._check(compiled, data, weights)
         outputs = compiled(*data, *weights)
@@ -402,19 +402,19 @@ def _difference(got: Tensor, expected: Tensor, floor: float) -> float:
     return math.inf if math.isnan(difference) else difference / scale
 
 
-def _require_declared(arguments: Sequence[Argument], data: Sequence[Tensor]) -> None:
-    """Raise ValueError unless shapes and dtypes are as declared: compiled code does not look."""
+def _require_declared(arguments: Sequence[Argument], data: Sequence[Tensor], device: torch.device) -> None:
+    """Raise ValueError unless shapes, dtypes and devices are as declared: compiled code does not look."""
     sizes: dict[str | int, int] = {}
     for position, (argument, tensor) in enumerate(zip(arguments, data, strict=True)):
-        is_declared = tensor.dtype == argument.dtype
+        is_declared = tensor.dtype == argument.dtype and tensor.device == device
         for axis, size in zip(argument.axes, tensor.shape, strict=True):
             if size != (axis if isinstance(axis, int) else sizes.setdefault(axis, size)):
                 is_declared = False
         if not is_declared:
             expected = tuple(sizes.get(axis, axis) for axis in argument.axes)
             raise ValueError(
-                f"argument {position} of a graph is {tuple(tensor.shape)} {tensor.dtype}; "
-                f"it must be {expected} {argument.dtype} ({', '.join(map(str, argument.axes))})"
+                f"argument {position} of a graph is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; "
+                f"it must be {expected} {argument.dtype} ({', '.join(map(str, argument.axes))}) on {device}"
             )
 
 

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,12 @@ class LoadedGraph:
 
     def __init__(self, package: Path, device: torch.device) -> None:
         aoti: Any = torch._C._aoti
+        self._device, self._turn = device, threading.Lock()
         if device.type != "cpu":
             # unpacks into a folder of its own below /tmp, and reads the kernels there when they first run
             index = -1 if device.index is None else device.index
-            self._graph = aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
+            with _current(device):  # it makes its device the current one
+                self._graph = aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
             return
         # a library that is loaded needs no file: a process that is killed leaves none
         with (
@@ -49,7 +53,23 @@ class LoadedGraph:
             self._graph = aoti.AOTIModelContainerRunnerCpu(str(library), 1)
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._graph.run([argument.contiguous() for argument in arguments]))
+        arrays = [argument.contiguous() for argument in arguments]
+        if self._device.type == "cpu":
+            return tuple(self._graph.run(arrays))
+        # torch holds the interpreter's lock while a graph runs, but gives it up in operators that are Python
+        # there: a second thread that took it, and waited inside for the first, would stop both
+        with self._turn, _current(self._device):
+            return tuple(self._graph.run([_aligned(array) for array in arrays]))
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one for a while."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _aligned(array: Tensor) -> Tensor:
+    """Copy what begins within 16 bytes: kernels would copy it as well, and say so at every call."""
+    return array.clone() if array.data_ptr() % 16 else array
 
 
 def require_loadable(package: Path, device: torch.device) -> None:

@@ -70,7 +70,7 @@ def load(
     path = Path(path)
     if path.exists():
         path = path.resolve()  # a link may lead to another file, later
-    loads_again = partial(_load_again, path, _state(path), device=where, dtype=dtype, tabulate=tabulate)
+    loads_again = partial(_load_again, path, _state(path), device=device, dtype=dtype, tabulate=tabulate)
     checkpoint = read_checkpoint(path)
     if dtype is not None:
         checkpoint = with_precision(checkpoint, _dtype(dtype))
@@ -109,7 +109,7 @@ def _survive_forks() -> None:
 
 
 def usable_device(name: str | torch.device | None) -> torch.device:
-    """Return the device of a name, or the first GPU and else the CPU for None.
+    """Return the device of a name, for None a GPU and else the CPU; a GPU with its index.
 
     Raises
     ------
@@ -117,7 +117,7 @@ def usable_device(name: str | torch.device | None) -> torch.device:
         There is no such device, or it can't be used here.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         # doubles come back, which those of "meta" can't, and "mps" has none
         torch.empty(0, dtype=torch.float64, device=name).numpy(force=True)
@@ -125,7 +125,10 @@ def usable_device(name: str | torch.device | None) -> torch.device:
         raise MtinferError(
             f"device {str(name)!r} can't be used ({first_line(err)}); try cpu, or cuda on a GPU"
         ) from err
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:  # which is the current one may change
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _dtype(dtype: str | torch.dtype) -> Precision:

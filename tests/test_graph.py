@@ -184,7 +184,7 @@ def test_arrays_of_any_strides(store: Path) -> None:
     ("x", "message"),
     [
         (torch.ones(7, 4, dtype=torch.float64), r"argument 0 .* \(7, 4\) .* must be \(7, 3\)"),
-        (torch.ones(7, 3), r"argument 0 .* torch.float32; it must be .* torch.float64"),
+        (torch.ones(7, 3), r"argument 0 .* torch.float32 on cpu; it must be .* torch.float64"),
     ],
     ids=["shape", "dtype"],
 )
@@ -826,3 +826,29 @@ def test_prepared_weights_stay_on_their_device(path: Path, eager: Callable[..., 
         }
         groups = model.prepare(weights)
         assert {tensor.device.type for group in groups for tensor in group.values()} == {"meta"}
+
+
+def test_a_graph_of_an_accelerator_runs_in_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments begin at multiples of 16 bytes; a loader that counts stands for torch's."""
+    inside, most, places = 0, 0, set()
+
+    class Loader:
+        def __init__(self, *_: object) -> None: ...
+
+        def run(self, arguments: list[Tensor]) -> list[Tensor]:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            places.update(argument.data_ptr() % 16 for argument in arguments)
+            time.sleep(0.01)
+            inside -= 1
+            return arguments
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", Loader)
+    graph = LoadedGraph(Path("graph.pt2"), torch.device("meta"))
+    numbers = torch.arange(9)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(graph, [numbers[k:] for k in range(9)]))
+    assert most == 1
+    assert places == {0}
+    assert [own.tolist() for (own,) in found] == [list(range(k, 9)) for k in range(9)]

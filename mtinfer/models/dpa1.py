@@ -52,8 +52,8 @@ from .pair_network import PairNetwork
 from .radial import along, radial_moment
 from .stage import Keep
 
-#: attention makes arrays of slots times slots of one centre
-_SLOTS_PER_CALL_WITH_ATTENTION = 6144
+#: as for `row_chunks`: attention makes arrays of slots times slots of one centre
+_WITH_ATTENTION = 6144, 38_000
 
 
 class Centers(NamedTuple):
@@ -230,8 +230,9 @@ class DPA1:
 
     def layouts(self, inputs: GraphInputs, pairs: Pairs, *, split: bool = True) -> list[Layout]:
         """Padded neighbour matrices, a few centres each."""
-        limit = _SLOTS_PER_CALL_WITH_ATTENTION if self.attention.n_layers else None
-        return self.matrices(inputs, pairs, row_chunks(pairs.counts, split=split, limit=limit))
+        limit, n_bytes = _WITH_ATTENTION if self.attention.n_layers else (None, None)
+        calls = row_chunks(pairs.counts, split=split, limit=limit, n_bytes=n_bytes)
+        return self.matrices(inputs, pairs, calls)
 
     def matrices(self, inputs: GraphInputs, pairs: Pairs, calls: Sequence[Tensor]) -> list[Layout]:
         """One padded neighbour matrix per call, whose centres `calls` lists, shape (n,)."""

@@ -406,7 +406,7 @@ def _three_body(section: Mapping[str, Any], repinit: DPA1, smooth: bool) -> Thre
 def _extended(layout: Layout, inputs: GraphInputs, pairs: Pairs, rcut: float) -> tuple[Layout, Tensor]:
     """Append the padded displacements of a further block; also return its neighbours, shape (n, m).
 
-    Empty slots name the first atom.
+    An empty slot names its centre: sums over them all in one row would be the work of one thread of a GPU.
     """
     slots = padded_rows(pairs.counts, layout.atoms)
     displacements, edges = VectorsOnSlots(inputs.displacements, pairs.edges, rcut)(slots)
@@ -415,7 +415,8 @@ def _extended(layout: Layout, inputs: GraphInputs, pairs: Pairs, rcut: float) ->
         displacements=(*layout.displacements, displacements),
         blocks=(*layout.blocks, edges),
     )
-    return layout, on_slots(with_empty(pairs.neighbors, 0), slots)
+    neighbors = on_slots(with_empty(pairs.neighbors, -1), slots)
+    return layout, torch.where(neighbors < 0, layout.atoms.unsqueeze(1), neighbors)
 
 
 def _n_filled(displacements: Tensor, rcut: float) -> Tensor:

@@ -38,7 +38,7 @@ SINGLE: dict[str, DescriptorKind] = {
 #: neighbour slots of all members whose centres are independent of each other: most in one call on a CPU, the
 #: bytes that a GPU has in memory for each (an estimate, of attention), and those that are evaluated together
 _LARGE = 100_000
-_MEMORY = 24_000
+_MEMORY = 38_000
 _ENTRIES_OF_PART = 6144
 
 

@@ -283,11 +283,14 @@ class VectorsOnSlots:
         return on_slots(self._vectors, edges), edges
 
 
-def row_chunks(counts: Tensor, *, split: bool = True, limit: int | None = None) -> list[Tensor]:
+def row_chunks(
+    counts: Tensor, *, split: bool = True, limit: int | None = None, n_bytes: int | None = None
+) -> list[Tensor]:
     """Divide rows into calls of the graph, rows of similar count together.
 
-    Long calls make large matrix products of the work per row. Short ones keep their memory in the allocator's
-    hands, and waste few slots where counts differ. On an accelerator calls are long.
+    Long calls make large matrix products of the work per row. Short ones reuse memory that the allocator
+    still holds, and waste few slots where counts differ. On an accelerator calls are long, as its memory
+    allows.
 
     Parameters
     ----------
@@ -297,6 +300,8 @@ def row_chunks(counts: Tensor, *, split: bool = True, limit: int | None = None) 
         False puts all rows, even none, into one call.
     limit
         filled slots of a call on a CPU, as for `at_once`; default: `SLOTS_PER_CALL`.
+    n_bytes
+        memory of a GPU that a call takes for each of them; default: `BYTES_OF_SLOT`.
 
     Returns
     -------
@@ -306,9 +311,11 @@ def row_chunks(counts: Tensor, *, split: bool = True, limit: int | None = None) 
         return [torch.arange(counts.shape[0], device=counts.device)]
     if not counts.shape[0]:
         return []
-    on_cpu = counts.device.type == "cpu"
     limit = at_once(limit or SLOTS_PER_CALL, counts.device)
-    if counts.shape[0] * max(1, int(counts.max())) <= (min(limit, SHORTEST_CALL) if on_cpu else limit):
+    if counts.device.type == "cuda":
+        limit = min(limit, int(memory_of_call(counts.device) / (n_bytes or BYTES_OF_SLOT)))
+    shortest = min(limit, at_once(SHORTEST_CALL, counts.device))
+    if counts.shape[0] * max(1, int(counts.max())) <= shortest:
         return [torch.arange(counts.shape[0], device=counts.device)]
     order = torch.argsort(counts, stable=True)
     ordered = torch.clamp(counts[order], min=1)
@@ -316,7 +323,7 @@ def row_chunks(counts: Tensor, *, split: bool = True, limit: int | None = None) 
     n_left = counts.shape[0]
     while n_left:  # the longest rows that are left, and those that are not much shorter
         longest, n_short = int(ordered[n_left - 1]), 0
-        if on_cpu and n_left * longest > SHORTEST_CALL:
+        if n_left * longest > shortest:
             n_short = int(torch.searchsorted(ordered[:n_left], longest / MOST_PADDING))
         filled = torch.cumsum(ordered[n_short:n_left], 0)
         n_calls = -(-int(filled[-1]) // limit)
@@ -341,13 +348,18 @@ def is_too_much(kept: int, on_cpu: float, n_bytes: float, device: torch.device) 
     n_bytes
         memory that a call takes for each; on a GPU, up to `SHARE_OF_GPU` of all that there is.
     """
-    if device.type == "cuda":
-        return kept * n_bytes > SHARE_OF_GPU * torch.cuda.get_device_properties(device).total_memory
-    return kept > on_cpu
+    return kept * n_bytes > memory_of_call(device) if device.type == "cuda" else kept > on_cpu
+
+
+def memory_of_call(device: torch.device) -> float:
+    """Bytes of a GPU that one call of a graph may take."""
+    return SHARE_OF_GPU * torch.cuda.get_device_properties(device).total_memory
 
 
 #: neighbour slots in one call of a graph whose atoms are independent of each other
 SLOTS_PER_CALL = 20480
+#: bytes that evaluating a slot eagerly takes, as counted for published sizes of DPA-1 without attention
+BYTES_OF_SLOT = 7_000
 #: rows of an accelerator's call over those of a CPU's
 ACCELERATOR_OVER_CPU = 100
 #: memory of a GPU that a call of a graph may take

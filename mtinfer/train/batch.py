@@ -282,15 +282,19 @@ def parameters_of(
 
 
 def _structures(layouts: Sequence[Layout], inputs: GraphInputs) -> Structures[Tensor]:
-    of_centers, of_neighbors = (with_empty(which, 0) for which in (inputs.centers, inputs.neighbors))
+    def of_slots(of_pairs: Tensor, block: Tensor) -> Tensor:
+        """An empty slot, whose gradient is zero, names any atom, but not all of them the same."""
+        any_atom = torch.arange(block.numel()).reshape(block.shape) % inputs.n_atoms
+        found = on_slots(with_empty(of_pairs, -1), block)
+        return torch.where(found < 0, any_atom, found)
+
     calls = tuple(
         ModelCall(
             layout.displacements,
             layout.tensors,
             layout.atoms,
-            # an empty slot, whose gradient is zero, names atom 0
-            centers=tuple(on_slots(of_centers, block) for block in layout.blocks),
-            neighbors=tuple(on_slots(of_neighbors, block) for block in layout.blocks),
+            centers=tuple(of_slots(inputs.centers, block) for block in layout.blocks),
+            neighbors=tuple(of_slots(inputs.neighbors, block) for block in layout.blocks),
         )
         for layout in layouts
     )

@@ -95,7 +95,6 @@ def train(
         raise ConfigError(f"{str(output)!r} can't be a folder: {err.strerror}") from err
     with ExitStack() as stack:
         ranks = Ranks.join(device)
-        stack.callback(ranks.leave)
         ranks.from_first(lambda: _hold(output, stack))
         if ranks.is_first:
             if_shown(click.echo, "\n".join(describe_plan(plan)))
@@ -104,6 +103,7 @@ def train(
         for name, origin in trainer.origins.items():
             if_shown(click.echo, f"task {name} {origin}")
         finished = _run(trainer, plan, ranks, compiles=mode == "wait")
+        ranks.leave()
     if ranks.is_first:
         newest = trainer.keeper.newest
         if_shown(

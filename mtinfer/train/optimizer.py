@@ -121,12 +121,12 @@ class Optimizer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """State in the format of torch's optimizers, which number the weights in their order."""
+        """State on the CPU, in the format of torch's optimizers, which number the weights in their order."""
         state = {
             self._numbers[name]: {
-                "step": self._updates[self._numbers[name]].clone(),
-                "exp_avg": average,
-                "exp_avg_sq": square,
+                "step": self._updates[self._numbers[name]].clone().cpu(),
+                "exp_avg": average.cpu(),
+                "exp_avg_sq": square.cpu(),
             }
             for name, (average, square) in self._moments.items()
         }

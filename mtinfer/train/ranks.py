@@ -51,16 +51,19 @@ class Ranks:
                 "set; start several processes with torchrun, or unset WORLD_SIZE for one"
             )
         if (device is None and torch.cuda.is_available()) or str(device).startswith("cuda"):
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            # where each process sees a GPU of its own alone, that is the first
+            device = f"cuda:{os.environ['LOCAL_RANK'] if torch.cuda.device_count() != 1 else 0}"
         where = usable_device(device)
         if where.type == "cuda":
             torch.cuda.set_device(where)
-        backend = "nccl" if where.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+        on_gpu = where.type == "cuda"
+        torch.distributed.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=_PATIENCE, device_id=where if on_gpu else None
+        )
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), where)
 
     def leave(self) -> None:
-        """End the connection."""
+        """End the connection; not after an error, where nccl would wait for the others."""
         if self.size > 1:
             torch.distributed.destroy_process_group()
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from ase.data import atomic_numbers
 from numpy.typing import NDArray
 
@@ -237,10 +238,12 @@ class Batches:
     ----------
     models
         one per task.
+    device
+        where they are put.
     """
 
-    def __init__(self, models: Sequence[EnergyModel]) -> None:
-        self._models = models
+    def __init__(self, models: Sequence[EnergyModel], device: torch.device | None = None) -> None:
+        self._models, self._device = models, device or torch.device("cpu")
         self._kept: OrderedDict[tuple[int, int, tuple[int, ...]], Batch] = OrderedDict()
         self._n_bytes = 0
 
@@ -250,7 +253,7 @@ class Batches:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        batch = make_batch([system.frames[k] for k in chosen], self._models[task])
+        batch = make_batch([system.frames[k] for k in chosen], self._models[task]).to(self._device)
         if system.batch_size == 1 or system.n_batches == 1:
             self._keep(key, batch)
         return batch

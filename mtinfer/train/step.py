@@ -124,6 +124,14 @@ def total_loss(predicted: tuple[Tensor, ...], labels: Labels[Tensor]) -> Tensor:
     )
 
 
+def predicted_energies(model: EnergyModel, structures: Structures[Tensor], weights: Weights) -> Tensor:
+    """Energies of a batch alone, without derivatives, shape (n_frames,), eV."""
+    with torch.no_grad():
+        calls = zip(model.prepare(weights), structures.calls, strict=True)
+        energies = [model.atom_energies(call.displacements, call.tensors, group) for group, call in calls]
+        return _of_frames(model, structures, weights, energies)
+
+
 def predict(
     model: EnergyModel, structures: Structures[Tensor], weights: Weights
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,18 +145,24 @@ def predict(
     energies, gradients, vectors = [], [], []
     for group, call in zip(model.prepare(weights), structures.calls, strict=True):
         energy, *gradient = model.energies_and_gradients(call.displacements, call.tensors, group)
-        energies.append(energy.unsqueeze(1))
+        energies.append(energy)
         gradients += [array.reshape(-1, 3) for array in gradient]
         vectors += [array.reshape(-1, 3) for array in call.displacements]
     slots, ends = slots_and_ends(structures.calls)
-    rows = torch.cat([call.atoms for call in structures.calls])
-    frames, types = structures.frames, structures.types
     to_atoms = Index(ends, *structures.ends)
-    slots_to_frames = Index(frames.index_select(0, slots), *structures.slots)
-    rows_to_frames = Index(frames.index_select(0, rows), *structures.rows)
-    energy = torch.cat(energies) + lookup(model.bias(weights).unsqueeze(1), types.index_select(0, rows))
+    to_frames = Index(structures.frames.index_select(0, slots), *structures.slots)
     # F_k = Σ_(k,j) g - Σ_(i,k) g and W = -Σ g ⊗ d, with g = dE/dd and d = r_j - r_i
     g = torch.cat(gradients)
     forces = segment_sum(torch.cat([g, -g]), to_atoms)
     outer = (g.unsqueeze(2) * torch.cat(vectors).unsqueeze(1)).reshape(-1, 9)
-    return segment_sum(energy, rows_to_frames).squeeze(1), forces, -segment_sum(outer, slots_to_frames)
+    return _of_frames(model, structures, weights, energies), forces, -segment_sum(outer, to_frames)
+
+
+def _of_frames(
+    model: EnergyModel, structures: Structures[Tensor], weights: Weights, energies: list[Tensor]
+) -> Tensor:
+    """Energies (n_frames,) from the atomic energies of every call, without bias."""
+    rows = torch.cat([call.atoms for call in structures.calls])
+    bias = lookup(model.bias(weights).unsqueeze(1), structures.types.index_select(0, rows))
+    to_frames = Index(structures.frames.index_select(0, rows), *structures.rows)
+    return segment_sum(torch.cat(energies).unsqueeze(1) + bias, to_frames).squeeze(1)

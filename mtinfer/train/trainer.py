@@ -31,7 +31,7 @@ from .sampling import Batches, Sampler, System, elements
 from .saving import Keeper, RunState
 from .starting import Start, resumed
 from .statistics import collect, times_drawn
-from .step import TrainingStep, signature
+from .step import TrainingStep, predicted_energies, signature
 from .weights import (
     AllWeights,
     initial_weights,
@@ -88,7 +88,7 @@ class Trainer:
         self.keeper = Keeper(folder, plan)
         #: task -> what it started from, on the first process of a fine-tuning
         self.origins: dict[str, Origin] = {}
-        self._batches = Batches([task.model for task in plan.tasks])
+        self._batches = Batches([task.model for task in plan.tasks], self.device)
         state = self._start(start or Start())
         self.step = state.step
         self.weights = _on_device(state.weights, self.device)
@@ -169,7 +169,7 @@ class Trainer:
     def _residuals(self, k: int, weights: dict[str, Tensor]) -> list[tuple[Frame, float]]:
         """Energy labels minus predictions of a task, of the frames that statistics are made of."""
         task = self.plan.tasks[k]
-        evaluate = TrainingStep(task.model, weights, "off")
+        weights = {name: weight.to(self.device) for name, weight in weights.items()}
         found: list[tuple[Frame, float]] = []
         for index, system in enumerate(task.systems):
             times = times_drawn(system, int(task.config.model["data_stat_nbatch"]), self.plan.dialect)
@@ -177,7 +177,7 @@ class Trainer:
                 if not any(times[i] for i in chosen):
                     break
                 batch = self._batches(k, index, system, chosen)
-                energy = evaluate(batch, task.config.loss.labels(batch, 1.0), weights).energy
+                energy = predicted_energies(task.model, batch.structures, weights)
                 for i, residual in zip(chosen, (batch.energy - energy).tolist(), strict=True):
                     if system.frames[i].energy is not None:
                         found += times[i] * [(system.frames[i], residual)]
@@ -281,7 +281,7 @@ class Trainer:
                         (k, task) for k, task in enumerate(self.plan.tasks) if self.steps[task.name] is step
                     )
                     system = task.systems[0]
-                    batch = self._batch(k, 0, system, next(_in_order(system, 1)))
+                    batch = self._batch(k, 0, system, next(_in_order(system, 1))[:1])
                     values = batch, task.config.loss.labels(batch, 1.0), self.weights[task.name]
                     step(*values)
                     found = step.unused_weights(*values)
@@ -334,7 +334,7 @@ class Trainer:
                 PredictionWarning,
                 stacklevel=2,
             )
-        return batch.to(self.device)
+        return batch
 
     def _update(self, gradients: dict[str, Tensor], lr: float) -> None:
         run = self.plan.config.run

@@ -182,7 +182,7 @@ def test_calls_of_any_length_give_the_same(attn_layer: int, monkeypatch: pytest.
     inputs = inputs_of(*cluster(27), 4.0)
     whole = features(descriptor, inputs, weights)
     monkeypatch.setattr(layout, "SLOTS_PER_CALL", 50)
-    monkeypatch.setattr(dpa1, "_SLOTS_PER_CALL_WITH_ATTENTION", 50)
+    monkeypatch.setattr(dpa1, "_WITH_ATTENTION", (50, None))
     assert len(descriptor.layouts(inputs, descriptor.selection(inputs))) > 5
     np.testing.assert_allclose(features(descriptor, inputs, weights), whole, rtol=1e-12)
 
