@@ -61,8 +61,8 @@ _OPTIONS = {
 }
 
 
-#: process -> its lock: the compiler is no business of two threads at a time, and a forked process, which may
-#: inherit a lock that is held, has one of its own
+#: process -> its lock: only one thread at a time may compile; a forked process may inherit a lock that is held,
+#: hence one for each process
 _compilers: dict[int, threading.Lock] = {}
 
 
@@ -160,12 +160,12 @@ def signed(architecture: str, weights: Mapping[str, Tensor] | Mapping[str, Param
     return "\n".join([architecture, *(f"{name} {tuple(w.shape)} {w.dtype}" for name, w in weights.items())])
 
 
-#: held from the first message about graphs that the end of the process waits for: there is one for all
+#: acquired by the first thread that says that the end of the process waits, so that it is said once
 _said = threading.Lock()
 
 
 def _say_what_is_waited_for(worker: threading.Thread) -> None:
-    """At the end of the process, which waits for the graph that it began."""
+    """Say, at the end of the process, that it waits for a graph."""
     threading.main_thread().join()
     if worker.is_alive() and _said.acquire(blocking=False):
         print(
@@ -259,7 +259,7 @@ class SharedGraph:
 
     @property
     def mode(self) -> CompileMode:
-        """That of its compilation; "off" once it was given up, until it is tried `again`."""
+        """The mode of its compilation, or "off" after it was given up and until `again`."""
         return "off" if self._is_given_up else self.compilation.mode
 
     def again(self) -> None:

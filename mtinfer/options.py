@@ -47,7 +47,7 @@ class Section:
     inner: Mapping[str, Section] = field(default_factory=dict)
     #: key that deepmd-kit knows -> where that setting belongs, or why it is not taken
     refused: Mapping[str, str] = field(default_factory=dict)
-    #: key, how it must compare, and to which key; of a list the last entry counts
+    #: (key, comparison, other key); of a list, the last entry is compared
     order: Collection[tuple[str, str, str]] = ()
 
 

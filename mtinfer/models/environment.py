@@ -79,7 +79,7 @@ def distances(displacements: Tensor) -> Tensor:
 def directions(rows: Tensor) -> Tensor:
     """Last three components of rows (n, m, 4) as unit vectors, shorter where those are below 1e-12.
 
-    Of doubles: close to the cutoff the switch in floats is rounding noise, which this scales to one.
+    Pass float64 rows: close to the cutoff a float32 switch is rounding noise, which normalising blows up.
     """
     rows = rows[..., 1:]
     return rows / torch.clamp(safe_norm(rows), min=1e-12)

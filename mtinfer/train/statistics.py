@@ -227,7 +227,7 @@ def merged(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     Parameters
     ----------
     parts
-        of the base first.
+        one per head, the base first.
     weights
         probabilities of the heads; each part counts relative to the base, or to all where the base is never
         drawn. Where no head is drawn, all count alike.
@@ -288,8 +288,8 @@ def energy_bias(
     excluded
         types whose atoms have no energy (`atom_exclude_types`): the others account for all of it.
     present
-        shape (1, n_types, 1), eV; bias that is part of the energies' predictions already, where energies are
-        what these lack. What is returned is to be added to it; default: zeros.
+        shape (1, n_types, 1), eV; bias already contained in predictions, where `frame.energy` is label minus
+        prediction. What is returned is to be added to it; default: zeros.
 
     Returns
     -------

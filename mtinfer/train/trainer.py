@@ -56,7 +56,7 @@ class Shown:
     errors: dict[str, tuple[Errors | None, Errors | None]]
 
 
-#: seconds from the first signal on in which others count as the same one, which launchers send several times
+#: signals within this many seconds of the first count as the same one: launchers send several
 _REPEATED = 2.0
 #: seconds between pictures of learning curves, whose drawing all processes wait for
 _BETWEEN_PICTURES = 60.0
@@ -413,7 +413,7 @@ class Trainer:
         self.keeper.save(self.state())
 
     def _draw(self, *, wait: bool) -> None:
-        """Draw the learning curves, but not again and again while others `wait`."""
+        """Draw the learning curves; while other processes `wait`, at most once a minute."""
         now = time.monotonic()
         if not self.ranks.is_first or (wait and now - self._last_pictures < _BETWEEN_PICTURES):
             return
