@@ -61,8 +61,8 @@ _OPTIONS = {
 }
 
 
-#: process -> its lock: only one thread at a time may compile; a forked process may inherit a lock that is held,
-#: hence one for each process
+#: process -> its lock: only one thread at a time may compile; a forked process may inherit a lock that is
+#: held, hence one for each process
 _compilers: dict[int, threading.Lock] = {}
 
 

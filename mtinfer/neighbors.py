@@ -30,16 +30,11 @@ class Candidates:
     shifts: torch.Tensor
     n_atoms: int
 
-    def displacements(self, positions: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
-        """r_j + shift·cell - r_i, shape (n_pairs, 3), Å.
-
-        Parameters
-        ----------
-        positions
-            shape (n_atoms, 3), Å.
-        cell
-            shape (3, 3), rows are the cell vectors, Å.
-        """
+    def displacements(self, atoms: ase.Atoms) -> torch.Tensor:
+        """r_j + shift·cell - r_i of a structure, shape (n_pairs, 3), Å."""
+        device = self.centers.device
+        positions = torch.from_numpy(positions_of(atoms)).to(device)
+        cell = torch.from_numpy(np.array(atoms.cell, dtype=np.float64)).to(device)
         moved = positions.index_select(0, self.neighbors) - positions.index_select(0, self.centers)
         return moved.add_(self.shifts @ cell)
 
@@ -225,10 +220,8 @@ def graph_inputs(
     centers, neighbors, displacements = [], [], []
     offset = 0
     for atoms, pairs in zip(structures, candidates, strict=True):
-        positions = torch.from_numpy(positions_of(atoms)).to(device)
-        cell = torch.from_numpy(np.array(atoms.cell, dtype=np.float64)).to(device)
         pairs = pairs.to(device)
-        vectors = pairs.displacements(positions, cell)
+        vectors = pairs.displacements(atoms)
         # a product with ones is several times as fast as a sum over three columns
         squared = (vectors * vectors) @ vectors.new_ones(3)
         inside = (squared <= rcut * rcut).nonzero().squeeze(1)

@@ -12,7 +12,8 @@ from typing import Any
 from .checkpoint.refusals import descriptors
 from .descriptor_kinds import kind_of
 from .models.dpa2 import REPINIT_DEFAULTS
-from .models.repflow import RepflowOptions
+from .models.layers import UPDATE_STYLES
+from .models.repflow import ALIASES, RepflowOptions
 from .models.repformer import RepformerOptions
 
 __all__ = [
@@ -136,7 +137,7 @@ _REPFLOW = {
     "optim_update": True,
 }
 _INIT = {"update_residual_init": ("norm", "const")}
-_STYLES = {"update_style": ("res_avg", "res_incr", "res_residual")}
+_STYLES = {"update_style": UPDATE_STYLES}
 _MODES = {"tebd_input_mode": ("concat", "strip")}
 
 #: descriptor `type` -> its keys
@@ -219,7 +220,7 @@ DESCRIPTORS: dict[str, Section] = {
         inner={
             "repflow": Section(
                 _REPFLOW,
-                {"edge_use_dist": "edge_init_use_dist", "use_env_envelope": "use_exp_switch"},
+                ALIASES,
                 {**_INIT, **_STYLES},
                 order=(
                     ("e_rcut_smth", "<", "e_rcut"),

@@ -80,7 +80,7 @@ class ValueGraphs:
                 graph = self._graph(
                     repr(model.descriptor), function, [*displacements, *tensors], weights, state
                 )
-                data = (*layout.displacements, *layout.tensors[:-2])
+                data = (*layout.displacements, *model.of_descriptor(layout.tensors))
                 (features,) = graph(data, tuple(weights.values()))
             by_group.setdefault(layout.group, []).append((layout.atoms, features))
         return [
@@ -94,7 +94,7 @@ class ValueGraphs:
         names = [name for name in state.weight_names if not name.startswith("descriptor.")]
         fitting = model.fitting
         arguments = [Argument(("atoms", model.descriptor.width)), Argument(("atoms",), torch.int64)]
-        arguments += [Argument(("atoms", n)) for n in (fitting.numb_fparam, fitting.numb_aparam)]
+        arguments += model.parameter_arguments()
 
         def function(data: Tensors, named: Weights) -> Tensors:
             features, types, fparam, aparam = data
@@ -105,8 +105,7 @@ class ValueGraphs:
             named = state.named(own.group)
             weights = {name: named[name] for name in names}
             graph = self._graph(repr(fitting), function, arguments, weights, state)
-            fparam = inputs.fparam[inputs.frames[own.atoms]]
-            data = (own.features, inputs.types[own.atoms], fparam, inputs.aparam[own.atoms])
+            data = (own.features, inputs.types[own.atoms], *model.parameters_of(inputs, own.atoms))
             (net,) = graph(data, tuple(weights.values()))
             energies[own.atoms] += net
         # on the CPU, where `index_add_` adds in the order of the atoms

@@ -41,9 +41,7 @@ def brute_force(atoms: ase.Atoms, radius: float) -> list[tuple[float, ...]]:
 
 
 def pairs_of(atoms: ase.Atoms, candidates: Candidates, radius: float) -> list[tuple[float, ...]]:
-    vectors = candidates.displacements(
-        torch.from_numpy(atoms.positions.copy()), torch.from_numpy(atoms.cell.array.copy())
-    ).numpy()
+    vectors = candidates.displacements(atoms).numpy()
     rows = zip(candidates.centers.tolist(), candidates.neighbors.tolist(), vectors, strict=True)
     return in_order([(float(i), float(j), *d) for i, j, d in rows if np.linalg.norm(d) <= radius])
 

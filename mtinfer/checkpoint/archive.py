@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import CheckpointError, UnsupportedModelError
+from ..errors import CheckpointError
 from ..files import check_output, replacing
 from . import schema
 from .container import read_safetensors_header
@@ -68,7 +68,7 @@ def write(
     """
     path = Path(path)
     check_output(path, source=checkpoint.path, force=force)
-    records = _chosen(checkpoint, heads)
+    records = checkpoint.chosen(heads)
     tensors, shared, equal = _pack(records, dtype)
     description = schema.Description(
         dialect=checkpoint.dialect,
@@ -89,15 +89,6 @@ def write(
     description = replace(description, digest=_digest(description, tensors))
     _save(path, tensors, schema.serialize(description))
     return tuple(record.name for record in records)
-
-
-def _chosen(checkpoint: Checkpoint, heads: Sequence[str] | None) -> list[HeadRecord]:
-    if heads is not None:
-        return list({record.name: record for record in map(checkpoint.head, heads)}.values())
-    records = [record for record in checkpoint.heads.values() if record.refused is None]
-    if not records:
-        raise UnsupportedModelError("; ".join(str(record.refused) for record in checkpoint.heads.values()))
-    return records
 
 
 def _pack(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ class HeadRecord:
     #: as the trainer stored it, plain data
     config: dict[str, Any]
     #: canonical name -> tensor on the CPU, shape and dtype of the file; heads that share a weight hold the
-    #: same memory. Empty where the head is refused
+    #: same tensor. Empty where the head is refused
     weights: dict[str, torch.Tensor]
     #: whether training ruled out the neighbour graph for a descriptor (`pt_expt` only)
     graph_lower_disabled: bool
@@ -88,3 +89,20 @@ class Checkpoint:
         if record.refused is not None:
             raise UnsupportedModelError(record.refused)
         return record
+
+    def chosen(self, names: Sequence[str] | None) -> list[HeadRecord]:
+        """Heads of these names or aliases, each once; None for all that can be evaluated.
+
+        Raises
+        ------
+        UnknownHeadError
+            No such head.
+        UnsupportedModelError
+            A head, or all where none is named, uses a feature that is not evaluated.
+        """
+        if names is not None:
+            return list({record.name: record for record in map(self.head, names)}.values())
+        records = [record for record in self.heads.values() if record.refused is None]
+        if not records:
+            raise UnsupportedModelError("; ".join(str(record.refused) for record in self.heads.values()))
+        return records

@@ -233,10 +233,7 @@ def convert(
     if dialect not in DIALECTS:
         raise OutputError(f"dialect {dialect!r} is unknown; known are {', '.join(DIALECTS)}")
     check_output(path, source=checkpoint.path, force=force)
-    names = heads if heads is not None else [n for n, r in checkpoint.heads.items() if r.refused is None]
-    records = {record.name: record for record in map(checkpoint.head, names)}
-    if not records:
-        raise UnsupportedModelError(f"{str(checkpoint.path)!r} has no head that can be written")
+    records = {record.name: record for record in checkpoint.chosen(heads)}
     written = {name: _translated(record, checkpoint.dialect, dialect) for name, record in records.items()}
     notes = [_change(record, checkpoint.dialect, written[name], dialect) for name, record in records.items()]
     single = list(checkpoint.heads) == [DEFAULT_HEAD]

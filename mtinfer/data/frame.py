@@ -43,9 +43,14 @@ class Frame:
         return self.virial if self.atoms.pbc.any() else None
 
     @property
+    def labels(self) -> tuple[float | None, Array | None, Array | None]:
+        """Energy, forces and virial, as far as they can be compared with a prediction."""
+        return self.energy, self.forces, self.comparable_virial
+
+    @property
     def has_labels(self) -> bool:
         """Whether anything can be compared with a prediction."""
-        return any(label is not None for label in (self.energy, self.forces, self.comparable_virial))
+        return any(label is not None for label in self.labels)
 
     @property
     def name(self) -> str:

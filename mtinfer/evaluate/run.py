@@ -75,7 +75,7 @@ def evaluate_frames(
     """
     predictions: dict[str, list[Prediction]] = {head: [] for head in heads}
     errors = ErrorAccumulator()
-    for batch in _batches(frames, batch_atoms):
+    for batch in batches(frames, batch_atoms):
         for head, done in predictions.items():
             new = _evaluate_batch(potential, head, batch)
             for frame, prediction in zip(batch, new, strict=True):
@@ -90,7 +90,7 @@ def evaluate_frames(
     )
 
 
-def _batches(frames: Sequence[Frame], batch_atoms: int) -> Iterator[list[Frame]]:
+def batches(frames: Sequence[Frame], batch_atoms: int) -> Iterator[list[Frame]]:
     """Yield the frames in order, in lists of at most `batch_atoms` atoms or of one frame."""
     batch: list[Frame] = []
     n_atoms = 0

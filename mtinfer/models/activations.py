@@ -106,6 +106,10 @@ _OF_MESSAGES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
+#: names that `known_activation` takes
+NAMES = (*_ACTIVATIONS, "silut[:threshold]")
+
+
 def known_activation(name: object, *, of_messages: bool = False) -> str:
     """Check the name that a configuration gives, and return it.
 
@@ -146,7 +150,6 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def _unknown(name: str) -> UnsupportedModelError:
-    allowed = (*_ACTIVATIONS, "silut[:threshold]")
     return UnsupportedModelError(
-        f"activation function {name!r} is unknown{nearest(name, allowed)}; known are {', '.join(allowed)}"
+        f"activation function {name!r} is unknown{nearest(name, NAMES)}; known are {', '.join(NAMES)}"
     )

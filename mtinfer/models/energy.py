@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, reduce
 from typing import Any
 
@@ -149,8 +149,21 @@ class EnergyModel:
     def arguments(self) -> tuple[list[Argument], list[Argument]]:
         """Displacement arrays and further arguments of the graph, as `layouts` makes them."""
         displacements, tensors = self.descriptor.arguments()
-        parameters = [Argument(("atoms", n)) for n in (self.fitting.numb_fparam, self.fitting.numb_aparam)]
-        return displacements, [*tensors, *parameters]
+        return displacements, [*tensors, *self.parameter_arguments()]
+
+    def parameter_arguments(self) -> list[Argument]:
+        """Declare what `parameters_of` returns, the last tensors of a layout."""
+        return [Argument(("atoms", n)) for n in (self.fitting.numb_fparam, self.fitting.numb_aparam)]
+
+    @staticmethod
+    def parameters_of(inputs: GraphInputs, atoms: Tensor) -> tuple[Tensor, Tensor]:
+        """Frame and atomic parameters of some atoms, shapes (n, numb_fparam) and (n, numb_aparam)."""
+        return inputs.fparam[inputs.frames[atoms]], inputs.aparam[atoms]
+
+    @staticmethod
+    def of_descriptor(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Tensors of a layout that the descriptor reads: all but the frame and atomic parameters."""
+        return tensors[:-2]
 
     def layouts(self, inputs: GraphInputs, *, split: bool = True) -> tuple[list[Layout], int]:
         """Arguments of the graph for `inputs`, and how many atoms lost neighbours to truncation.
@@ -159,12 +172,11 @@ class EnergyModel:
         """
         pairs = self.descriptor.selection(inputs)
         layouts = self.descriptor.layouts(inputs, pairs, split=split)
-        return [self._with_parameters(layout, inputs) for layout in layouts], pairs.n_truncated
-
-    def _with_parameters(self, layout: Layout, inputs: GraphInputs) -> Layout:
-        fparam = inputs.fparam[inputs.frames[layout.atoms]]
-        tensors = (*layout.tensors, fparam, inputs.aparam[layout.atoms])
-        return Layout(layout.group, layout.displacements, tensors, layout.blocks, layout.atoms)
+        complete = (
+            replace(layout, tensors=(*layout.tensors, *self.parameters_of(inputs, layout.atoms)))
+            for layout in layouts
+        )
+        return list(complete), pairs.n_truncated
 
     def atom_energies(
         self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights
@@ -237,7 +249,8 @@ class EnergyModel:
     def described_in_parts(self, layout: Layout, weights: Weights, call: Call) -> Tensor:
         """Descriptor of the centres of a layout in parts, without derivatives, shape (n_centers, width)."""
         with torch.no_grad():
-            return self._describe_in_parts(layout.displacements, layout.tensors[:-2], weights, call)[0]
+            own = self.of_descriptor(layout.tensors)
+            return self._describe_in_parts(layout.displacements, own, weights, call)[0]
 
     def _describe_in_parts(
         self, displacements: tuple[Tensor, ...], tensors: tuple[Tensor, ...], weights: Weights, call: Call

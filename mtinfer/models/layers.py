@@ -251,14 +251,14 @@ def switch(r: Tensor, rcut_smth: float, rcut: float) -> Tensor:
 
 
 #: values of option `update_style`
-_STYLES = ("res_avg", "res_incr", "res_residual")
+UPDATE_STYLES = ("res_avg", "res_incr", "res_residual")
 
 
 def check_update_style(style: str, where: str) -> None:
     """Raise UnsupportedModelError for a style that `updated` does not know."""
-    if style not in _STYLES:
+    if style not in UPDATE_STYLES:
         raise UnsupportedModelError(
-            f"{where} update_style {style!r} is unknown; known are {', '.join(_STYLES)}"
+            f"{where} update_style {style!r} is unknown; known are {', '.join(UPDATE_STYLES)}"
         )
 
 

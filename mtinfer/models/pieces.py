@@ -25,7 +25,8 @@ def in_pieces(
     function
         reads for row k of its results nothing but row k of the arrays.
     arrays
-        shapes (n, m, ...), m slots in each of n rows, without derivatives; all but the first may lack the axis m.
+        shapes (n, m, ...), m slots in each of n rows, without derivatives; all but the first may lack the
+        axis m.
     weights
         all else that `function` reads. The loop is left out where one of them requires a gradient.
 

@@ -28,7 +28,8 @@ BLOCK = "descriptor.repflows"
 _GEOMETRY = f"{BLOCK}.geometry."
 _PAIRS = ("node_edge_linear", "edge_self_linear")
 _TRIPLES = ("edge_angle_linear1", "angle_self_linear")
-_ALIASES = {"edge_use_dist": "edge_init_use_dist", "use_env_envelope": "use_exp_switch"}
+#: older names of options
+ALIASES = {"edge_use_dist": "edge_init_use_dist", "use_env_envelope": "use_exp_switch"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class RepflowOptions:
         UnsupportedModelError
             For an unknown `update_style`, and for combinations that the format does not define.
         """
-        config = {_ALIASES.get(key, key): value for key, value in config.items()}
+        config = {ALIASES.get(key, key): value for key, value in config.items()}
         options = cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
         check_update_style(options.update_style, "repflow")
         for width in (options.n_dim, options.e_dim):

@@ -69,8 +69,7 @@ def _cutoffs(selection: Selection, rcut: float) -> Iterator[float]:
 
 def _is_smooth(potential: Potential, state: HeadState, atoms: ase.Atoms, cutoffs: Iterable[float]) -> bool:
     pairs = find_candidates(atoms, state.model.rcut + _CLEARANCE)
-    vectors = pairs.displacements(torch.from_numpy(atoms.positions), torch.from_numpy(atoms.cell.array))
-    distances = torch.linalg.vector_norm(vectors, dim=1)
+    distances = torch.linalg.vector_norm(pairs.displacements(atoms), dim=1)
     if any(bool((torch.abs(distances - cutoff) < _CLEARANCE).any()) for cutoff in cutoffs):
         return False
     n_truncated = state.model.layouts(inputs_of(potential, atoms, state))[1]

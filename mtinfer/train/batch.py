@@ -226,8 +226,7 @@ def make_batch(frames: Sequence[Frame], model: EnergyModel) -> Batch:
         ),
         virial=torch.from_numpy(np.stack([np.zeros(9) if v is None else v.reshape(9) for v in virials])),
         has=torch.tensor(
-            [[x is not None for x in (f.energy, f.forces, v)] for f, v in zip(frames, virials, strict=True)],
-            dtype=torch.float64,
+            [[label is not None for label in frame.labels] for frame in frames], dtype=torch.float64
         ),
         n_atoms=torch.zeros(len(frames), dtype=torch.float64).index_add_(0, inputs.frames, counted),
         counted=counted,

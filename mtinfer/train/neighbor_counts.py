@@ -15,7 +15,7 @@ from ..checkpoint.refusals import descriptors
 from ..data import Frame
 from ..errors import ConfigError
 from ..models.hybrid import member_name
-from ..neighbors import find_candidates, positions_of
+from ..neighbors import find_candidates
 from ..options import NEIGHBOR_COUNTS
 from .batch import type_indices
 from .config import TrainConfig
@@ -154,9 +154,7 @@ def _largest_counts(
         return largest
     for frame in frames:
         pairs = find_candidates(frame.atoms, max(place.rcut for place in places))
-        positions = torch.from_numpy(positions_of(frame.atoms))
-        cell = torch.tensor(frame.atoms.cell.array)
-        distance = torch.linalg.vector_norm(pairs.displacements(positions, cell), dim=1)
+        distance = torch.linalg.vector_norm(pairs.displacements(frame.atoms), dim=1)
         types = torch.from_numpy(type_indices(frame, type_map))
         slot = pairs.centers * n_types + types[pairs.neighbors]
         for k, place in enumerate(places):

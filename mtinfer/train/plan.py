@@ -138,7 +138,7 @@ def _task(config: TaskConfig, systems: list[System], folder: Path, dialect: str)
 def _labels(systems: Sequence[System]) -> list[str]:
     """Labels that any frame has."""
     frames = [frame for system in systems for frame in system.frames]
-    has = [[x is not None for x in (f.energy, f.forces, f.comparable_virial)] for f in frames]
+    has = [[label is not None for label in frame.labels] for frame in frames]
     return [name for name, of_frames in zip(LABELS, zip(*has, strict=True), strict=True) if any(of_frames)]
 
 

@@ -17,6 +17,7 @@ from ..models import EnergyModel
 from ..models.dpa1 import DPA1
 from ..models.dpa2 import DPA2
 from ..models.dpa3 import DPA3
+from ..models.environment import Environment
 from ..models.hybrid import Hybrid, member_name
 from ..models.layers import switch
 from ..models.layout import Selection
@@ -48,9 +49,7 @@ class Block:
     #: prefix of its weights
     prefix: str
     selection: Selection
-    rcut: float
-    rcut_smth: float
-    protection: float
+    environment: Environment
     #: the mean is zero, whatever the data
     zero_mean: bool
 
@@ -104,22 +103,14 @@ def _blocks(descriptor: Any, config: Mapping[str, Any]) -> list[Block]:
     if isinstance(descriptor, DPA3) and not config["repflow"]["fix_stat_std"]:
         options = descriptor.repflow.options
         selection = replace(descriptor.selection, inner=())
-        environment = options.e_rcut, options.e_rcut_smth, descriptor.repflow.protection
-        return [Block("descriptor.repflows", selection, *environment, True)]
+        environment = Environment(options.e_rcut, options.e_rcut_smth, descriptor.repflow.protection)
+        return [Block("descriptor.repflows", selection, environment, zero_mean=True)]
     return []
 
 
 def _block(prefix: str, part: Any, selection: Selection, config: Mapping[str, Any]) -> Block:
-    environment = part.environment
-    selection = replace(selection, rcut=environment.rcut)
-    return Block(
-        prefix,
-        selection,
-        environment.rcut,
-        environment.rcut_smth,
-        environment.protection,
-        bool(config["set_davg_zero"]),
-    )
+    selection = replace(selection, rcut=part.environment.rcut)
+    return Block(prefix, selection, part.environment, bool(config["set_davg_zero"]))
 
 
 def _dpa2_blocks(descriptor: DPA2, config: Mapping[str, Any]) -> list[Block]:
@@ -210,8 +201,9 @@ def _moments(block: Block, inputs: GraphInputs, n_types: int) -> Tensor:
     pairs = block.selection(inputs)
     d = inputs.displacements[pairs.edges]
     r = torch.linalg.vector_norm(d, dim=-1, keepdim=True)
-    w = switch(r, block.rcut_smth, block.rcut)  # also for models with an exponential switch, as upstream
-    radial, angular = w / (r + block.protection), w * d / (r + block.protection) ** 2
+    of = block.environment
+    w = switch(r, of.rcut_smth, of.rcut)  # also for models with an exponential switch, as upstream
+    radial, angular = w / (r + of.protection), w * d / (r + of.protection) ** 2
     sums = [radial, radial**2, angular.sum(1, keepdim=True), (angular**2).sum(1, keepdim=True)]
     summed = torch.zeros(n_types, 4, dtype=torch.float64)
     summed.index_add_(0, inputs.types[pairs.centers], torch.cat(sums, dim=1))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
+from ..models.activations import NAMES as ACTIVATIONS
 from ..models.activations import known_activation
 
 __all__ = ["BOOL", "NOT_NEGATIVE", "SECTION", "VALUES", "WITHOUT_EFFECT", "Values"]
@@ -197,11 +198,7 @@ VALUES: dict[str, Values] = {
     for key in keys.split()
 } | {
     **dict.fromkeys((*WITHOUT_EFFECT, *VALIDATING_WITHOUT_EFFECT), ANYTHING),
-    "activation_function": Values(
-        "an activation function: tanh, relu, relu6, sigmoid, softplus, gelu, gelu_tf, silu, none, linear, "
-        "silut[:threshold]",
-        _activation,
-    ),
+    "activation_function": Values(f"an activation function: {', '.join(ACTIVATIONS)}", _activation),
     "default_chg_spin": Values("charge and spin, as in [0, 1]", lambda x: _list(x, _real) and len(x) == 2),
     "preset_out_bias": Values(
         "{'energy': [...]}, a number or null per entry of type_map",

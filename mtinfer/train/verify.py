@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ase
 import numpy as np
@@ -20,6 +20,7 @@ from ..checkpoint.load import read
 from ..data import Frame
 from ..data.frame import make_frame
 from ..errors import PredictionWarning, UnknownHeadError, first_line
+from ..evaluate.run import batches
 from ..heads import HeadState
 from ..inputs import Prediction
 from ..loading import load
@@ -51,8 +52,19 @@ class Difference:
     accepted: bool
 
 
+class Numbers(NamedTuple):
+    """What of a prediction is compared."""
+
+    #: eV
+    energy: float
+    #: (n_atoms, 3), eV/Å
+    forces: NDArray[np.float64]
+    #: (3, 3), eV
+    virial: NDArray[np.float64]
+
+
 #: evaluates frames with a head
-Way = Callable[[HeadState, Sequence[Frame]], list[Prediction]]
+Way = Callable[[HeadState, Sequence[Frame]], Sequence[Numbers | Prediction]]
 
 
 def verify(
@@ -116,12 +128,15 @@ def verify(
 
 
 def _compare(
-    state: HeadState, way: str, found: Sequence[Prediction], expected: Sequence[Prediction]
+    state: HeadState,
+    way: str,
+    found: Sequence[Numbers | Prediction],
+    expected: Sequence[Numbers | Prediction],
 ) -> Difference:
     dtype = state.precision
     worst, accepted = [0.0, 0.0, 0.0], True
     for got, want in zip(found, expected, strict=True):
-        n_atoms = len(want.atom_energy)
+        n_atoms = len(want.forces)
         pairs = (
             (np.array(got.energy / n_atoms), np.array(want.energy / n_atoms)),
             (got.forces, want.forces),
@@ -147,7 +162,7 @@ def _potential(potential: Potential) -> Way:
 def _compiled(potential: Potential) -> Way:
     evaluate = _potential(potential)
 
-    def evaluate_compiled(state: HeadState, frames: Sequence[Frame]) -> list[Prediction]:
+    def evaluate_compiled(state: HeadState, frames: Sequence[Frame]) -> Sequence[Numbers | Prediction]:
         found, own = evaluate(state, frames), potential.head(state.name)
         if any(graph.mode == "off" for graph in (own.graph, *own.stages.graphs)):
             raise RuntimeError("there is no compiled graph")
@@ -160,36 +175,21 @@ def _training(path: Path) -> Way:
     """Evaluate with the function that the training step differentiates."""
     records = read(path).heads
 
-    def evaluate(state: HeadState, frames: Sequence[Frame]) -> list[Prediction]:
-        found: list[Prediction] = []
-        for batch_frames in _batches(frames):
+    def evaluate(state: HeadState, frames: Sequence[Frame]) -> list[Numbers]:
+        found: list[Numbers] = []
+        for batch_frames in batches(frames, _ATOMS_PER_BATCH):
             batch = make_batch(batch_frames, state.model)
             energy, forces, virial = predict(state.model, batch.structures, records[state.name].weights)
             sizes = [len(frame.atoms) for frame in batch_frames]
-            for e, f, w, n in zip(energy, forces.split(sizes), virial, sizes, strict=True):
-                # the step sums over atoms, so that atomic energies are not among its results
-                atom_energy = np.full(n, float(e) / n)
-                found.append(
-                    Prediction(float(e), atom_energy, f.numpy(), w.reshape(3, 3).numpy(), state.name)
-                )
+            of_frames = zip(energy, forces.split(sizes), virial, strict=True)
+            found += [Numbers(float(e), f.numpy(), w.reshape(3, 3).numpy()) for e, f, w in of_frames]
         return found
 
     return evaluate
 
 
-def _batches(frames: Sequence[Frame]) -> Iterator[list[Frame]]:
-    batch: list[Frame] = []
-    for frame in frames:
-        if batch and sum(len(f.atoms) for f in batch) + len(frame.atoms) > _ATOMS_PER_BATCH:
-            yield batch
-            batch = []
-        batch.append(frame)
-    if batch:
-        yield batch
-
-
 def _deepmd(path: Path, deep_pot: Callable[..., Any]) -> Way:
-    def evaluate(state: HeadState, frames: Sequence[Frame]) -> list[Prediction]:
+    def evaluate(state: HeadState, frames: Sequence[Frame]) -> list[Numbers]:
         model = deep_pot(str(path), head=state.name, no_jit=True)
         index = {symbol: k for k, symbol in enumerate(model.get_type_map())}
         found = []
@@ -198,8 +198,7 @@ def _deepmd(path: Path, deep_pot: Callable[..., Any]) -> Way:
             cell = atoms.cell.array.reshape(1, 9) if atoms.pbc.any() else None
             types = [index[symbol] for symbol in atoms.symbols]
             e, f, w = model.eval(atoms.positions[None], cell, types, **extra)[:3]
-            spread = np.full(len(atoms), float(e[0, 0]) / len(atoms))
-            found.append(Prediction(float(e[0, 0]), spread, f[0], w[0].reshape(3, 3), state.name))
+            found.append(Numbers(float(e[0, 0]), f[0], w[0].reshape(3, 3)))
         return found
 
     return evaluate
@@ -229,7 +228,7 @@ def _seen(state: HeadState) -> frozenset[str]:
 def sample_structures(state: HeadState) -> list[Frame]:
     """Make up a periodic crystal with noise, a cluster and a single atom, of elements that the head knows."""
     generator = np.random.default_rng(0)
-    symbols = sorted(state.observed_types or state.model.type_map)
+    symbols = sorted(_seen(state))
     grid = np.stack(np.meshgrid(*[np.arange(3.0)] * 3, indexing="ij"), -1).reshape(-1, 3)
     structures = []
     for n_atoms, pbc in ((27, True), (9, False), (1, False)):
