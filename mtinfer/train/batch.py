@@ -42,14 +42,15 @@ class ModelCall(NamedTuple, Generic[T]):
 class Structures(NamedTuple, Generic[T]):
     """What a step reads of structures: tensors in a batch, declarations for a graph.
 
-    Sums go as `Index` says, by order and starts: from ends of slots to atoms, from slots to frames, and from
-    rows of the atomic energies to frames.
+    Sums go as `Index` says, by order and starts: from ends of slots to atoms, from slots to their centres,
+    from atoms to frames, and from rows of the atomic energies to frames.
     """
 
     #: by weight group
     calls: tuple[ModelCall[T], ...]
     ends: tuple[T, T]
     slots: tuple[T, T]
+    atoms: tuple[T, T]
     rows: tuple[T, T]
     #: (n_atoms,) int64 each
     frames: T
@@ -192,7 +193,8 @@ def declared(model: EnergyModel) -> Structures[Argument]:
     return Structures(
         tuple(calls),
         ends=(ends, of_atoms),
-        slots=(slots_of_all, of_frames),
+        slots=(slots_of_all, of_atoms),
+        atoms=(of_atoms, of_frames),
         rows=(rows, of_frames),
         frames=of_atoms,
         types=of_atoms,
@@ -302,7 +304,8 @@ def _structures(layouts: Sequence[Layout], inputs: GraphInputs) -> Structures[Te
     return Structures(
         calls,
         ends=_sums(ends, inputs.n_atoms),
-        slots=_sums(inputs.frames[slots], inputs.n_frames),
+        slots=_sums(slots, inputs.n_atoms),
+        atoms=_sums(inputs.frames, inputs.n_frames),
         rows=_sums(inputs.frames[rows], inputs.n_frames),
         frames=inputs.frames,
         types=inputs.types,

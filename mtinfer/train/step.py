@@ -149,13 +149,15 @@ def predict(
         gradients += [array.reshape(-1, 3) for array in gradient]
         vectors += [array.reshape(-1, 3) for array in call.displacements]
     slots, ends = slots_and_ends(structures.calls)
-    to_atoms = Index(ends, *structures.ends)
-    to_frames = Index(structures.frames.index_select(0, slots), *structures.slots)
+    to_ends, to_centers = Index(ends, *structures.ends), Index(slots, *structures.slots)
+    to_frames = Index(structures.frames, *structures.atoms)
     # F_k = Σ_(k,j) g - Σ_(i,k) g and W = -Σ g ⊗ d, with g = dE/dd and d = r_j - r_i
     g = torch.cat(gradients)
-    forces = segment_sum(torch.cat([g, -g]), to_atoms)
+    forces = segment_sum(torch.cat([g, -g]), to_ends)
     outer = (g.unsqueeze(2) * torch.cat(vectors).unsqueeze(1)).reshape(-1, 9)
-    return _of_frames(model, structures, weights, energies), forces, -segment_sum(outer, to_frames)
+    # by way of the centres: a GPU sums a row by one thread, and frames are long rows
+    virial = -segment_sum(segment_sum(outer, to_centers), to_frames)
+    return _of_frames(model, structures, weights, energies), forces, virial
 
 
 def _of_frames(
