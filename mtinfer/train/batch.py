@@ -283,22 +283,19 @@ def parameters_of(
 
 
 def _structures(layouts: Sequence[Layout], inputs: GraphInputs) -> Structures[Tensor]:
-    def of_slots(of_pairs: Tensor, block: Tensor) -> Tensor:
-        """An empty slot, whose gradient is zero, names any atom, but not all of them the same."""
-        any_atom = torch.arange(block.numel()).reshape(block.shape) % inputs.n_atoms
-        found = on_slots(with_empty(of_pairs, -1), block)
-        return torch.where(found < 0, any_atom, found)
+    of_pairs = [with_empty(ends, -1) for ends in (inputs.centers, inputs.neighbors)]
 
-    calls = tuple(
-        ModelCall(
-            layout.displacements,
-            layout.tensors,
-            layout.atoms,
-            centers=tuple(of_slots(inputs.centers, block) for block in layout.blocks),
-            neighbors=tuple(of_slots(inputs.neighbors, block) for block in layout.blocks),
-        )
-        for layout in layouts
-    )
+    def call(layout: Layout) -> ModelCall[Tensor]:
+        ends = []
+        for block in layout.blocks:
+            found = [on_slots(which, block) for which in of_pairs]
+            # an empty slot, whose gradient is zero, names the centre of its row: no row of a sum is long
+            own = found[0][..., :1].clamp(min=0)
+            ends.append([torch.where(which < 0, own, which) for which in found])
+        centers, neighbors = zip(*ends, strict=True)
+        return ModelCall(layout.displacements, layout.tensors, layout.atoms, centers, neighbors)
+
+    calls = tuple(map(call, layouts))
     slots, ends = slots_and_ends(calls)
     rows = torch.cat([call.atoms for call in calls])
     return Structures(
