@@ -139,12 +139,13 @@ KEYS_OF_SCHEDULES = {
     "exp": ("decay_steps", "decay_rate", "smooth"),
     "wsd": ("decay_phase_ratio", "decay_type"),
 }
+#: deepmd-kit documents a weight decay of 0.001 for AdamW, and fills in 0 before that counts
 OPTIMIZERS = {
     name: Section(
-        {"type": name, "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": decay},
+        {"type": name, "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 0.0},
         {"beta1": "adam_beta1", "beta2": "adam_beta2"},
     )
-    for name, decay in (("Adam", 0.0), ("AdamW", 0.001))
+    for name in ("Adam", "AdamW")
 }
 _DATA: dict[str, Any] = {
     "systems": REQUIRED,

@@ -598,3 +598,10 @@ def test_epochs_set_probabilities_and_steps() -> None:
     # 6 and 3 batches, drawn in proportion to the number of batches of each system
     assert plan.schedule.n_steps == 6 + 18
     assert plan.probabilities == pytest.approx([1 / 4, 3 / 4])
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_weights_do_not_decay_unless_the_input_says_so(name: str) -> None:
+    content = shared_input("dpa1strip")
+    content["optimizer"] = {"type": name}
+    assert config_of(content).optimizer.weight_decay == 0.0
