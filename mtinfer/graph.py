@@ -32,7 +32,15 @@ from .inputs import ParameterSpec
 from .loaded_graph import LoadedGraph, require_loadable
 from .models.layout import Argument
 
-__all__ = ["Compilation", "CompileMode", "SharedGraph", "compile_mode", "signed", "trace"]
+__all__ = [
+    "Compilation",
+    "CompileMode",
+    "SharedGraph",
+    "compile_mode",
+    "require_declared",
+    "signed",
+    "trace",
+]
 
 #: "off": eager. "stored": a graph that is stored already, else eager. "wait": compiled from the first call
 #: on. "background": a stored graph is used from the first call on; else calls are answered eagerly while one
@@ -249,7 +257,7 @@ class SharedGraph:
         compiled = self._compiled  # another thread may give it up
         if compiled is None or self.mode == "off":
             return self.function(*data, *weights)
-        _require_declared(self.arguments, data, self.weights[0].device)
+        require_declared(self.arguments, data, self.weights[0].device)
         if self._unconfirmed is None:
             return self._check(compiled, data, weights)
         outputs = compiled(*data, *weights)
@@ -402,7 +410,7 @@ def _difference(got: Tensor, expected: Tensor, floor: float) -> float:
     return math.inf if math.isnan(difference) else difference / scale
 
 
-def _require_declared(arguments: Sequence[Argument], data: Sequence[Tensor], device: torch.device) -> None:
+def require_declared(arguments: Sequence[Argument], data: Sequence[Tensor], device: torch.device) -> None:
     """Raise ValueError unless shapes, dtypes and devices are as declared: compiled code does not look."""
     sizes: dict[str | int, int] = {}
     for position, (argument, tensor) in enumerate(zip(arguments, data, strict=True)):

@@ -15,7 +15,7 @@ from reference_files import DATA, WITH_NUMBERS, cases, expected
 import mtinfer
 from mtinfer import Potential, Prediction
 from mtinfer.errors import PredictionWarning
-from mtinfer.graph import SharedGraph, _require_declared
+from mtinfer.graph import SharedGraph, require_declared
 from mtinfer.models.layers import Weights
 from mtinfer.models.stage import Stage, Tensors, derivative, directly, value
 from mtinfer.stage_graphs import StageGraphs
@@ -52,7 +52,7 @@ def require_same(potential: Potential, head: str, got: list[Prediction], wanted:
 
 def as_declared(graph: SharedGraph, data: Tensors, weights: Tensors) -> Tensors:
     """Evaluate a graph eagerly on what its compiled form would accept."""
-    _require_declared(graph.arguments, data)
+    require_declared(graph.arguments, data, graph.weights[0].device)
     return graph.function(*data, *weights)
 
 
