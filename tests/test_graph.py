@@ -185,8 +185,12 @@ def test_arrays_of_any_strides(store: Path) -> None:
     [
         (torch.ones(7, 4, dtype=torch.float64), r"argument 0 .* \(7, 4\) .* must be \(7, 3\)"),
         (torch.ones(7, 3), r"argument 0 .* torch.float32 on cpu; it must be .* torch.float64"),
+        (
+            torch.ones(7, 3, dtype=torch.float64, device="meta"),
+            r"argument 0 .* on meta; .* on cpu",
+        ),
     ],
-    ids=["shape", "dtype"],
+    ids=["shape", "dtype", "device"],
 )
 def test_arrays_that_are_not_as_declared(filled_store: Path, x: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):

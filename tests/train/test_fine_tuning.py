@@ -264,6 +264,20 @@ def test_tasks_start_from_the_heads_that_they_name(tmp_path: Path) -> None:
     assert torch.equal(weights["clusters"][RADIAL_WEIGHT], of_copper[RADIAL_WEIGHT])
 
 
+def test_a_new_task_starts_from_the_descriptor_that_it_shares(tmp_path: Path) -> None:
+    given = shared_input("dpa1strip", numb_steps=1)
+    given["model"]["shared_dict"]["other"] = given["model"]["shared_dict"]["desc"]
+    given["model"]["model_dict"]["copper"]["descriptor"] = "other"
+    source = Trainer(plan_of(given), tmp_path / "source", mode="off")
+    source.run()
+    start = Start(finetune=tmp_path / "source" / "model.ckpt.pt")
+    trainer = Trainer(plan_of(with_task(given, "bulk")), tmp_path / "more", start=start, mode="off")
+    assert str(trainer.origins["bulk"]).startswith("starts from the descriptor of head 'copper'")
+    apart, shared = (source.weights[task][RADIAL_WEIGHT] for task in ("clusters", "copper"))
+    assert not torch.equal(apart, shared)
+    assert torch.equal(trainer.weights["bulk"][RADIAL_WEIGHT], shared)
+
+
 def test_heads_to_start_from_are_checked(tmp_path: Path) -> None:
     trained(tmp_path / "source", 1)
     path = tmp_path / "source" / "model.ckpt.pt"

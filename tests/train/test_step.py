@@ -19,7 +19,7 @@ from mtinfer.models import EnergyModel
 from mtinfer.train.batch import Batch, Labels, make_batch
 from mtinfer.train.loss import Errors
 from mtinfer.train.plan import Plan
-from mtinfer.train.step import TrainingStep, predict, signature, total_loss
+from mtinfer.train.step import TrainingStep, predict, predicted_energies, signature, total_loss
 from mtinfer.train.weights import initial_weights
 
 #: relative to the largest entry of a gradient
@@ -153,6 +153,16 @@ def test_a_batch_is_the_mean_of_its_frames() -> None:
         assert float(alone.energy[0]) == pytest.approx(float(result.energy[k]), abs=1e-12)
         own = result.forces[together.structures.frames == k]
         torch.testing.assert_close(own, alone.forces, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", DESCRIPTORS)
+def test_energies_alone_are_those_of_the_step(kind: str) -> None:
+    plan = plan_of(shared_input(kind))
+    weights = weights_of(plan)["clusters"]
+    batch, _ = batch_and_labels(plan, 0, 3)
+    expected, _, _ = predict(plan.tasks[0].model, batch.structures, weights)
+    alone = predicted_energies(plan.tasks[0].model, batch.structures, weights)
+    torch.testing.assert_close(alone, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("intensive", [True, False])
