@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,10 @@ from torch._inductor.codegen.cpp_utils import (
     _get_dtype_from_loopbodies,
     _get_loop_body,
 )
-from torch._inductor.lowering import fallback_handler, index_impl_helper, lowerings
+from torch._inductor.lowering import fallback_handler, lowerings
 from torch._inductor.virtualized import V
+
+from .lowerings import COMMON, contiguous, in_this_thread, own_lowerings
 
 __all__ = ["cpu_code"]
 
@@ -64,36 +65,8 @@ def _with_own_tiles() -> Iterator[None]:
                 factors = [half]
         return (factors, axes, *rest)
 
-    with patch.object(TilingSelect, "select_tiling", _here(along_the_last_axis, select)):
+    with patch.object(TilingSelect, "select_tiling", in_this_thread(along_the_last_axis, select)):
         yield
-
-
-def _here(own: Callable[..., Any], usual: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that is `own` in this thread, and `usual` in all others."""
-    thread = threading.get_ident()
-
-    @functools.wraps(usual)
-    def chosen(*arguments: Any, **keywords: Any) -> Any:
-        return (own if threading.get_ident() == thread else usual)(*arguments, **keywords)
-
-    return chosen
-
-
-@contextlib.contextmanager
-def _with_own_lowerings(own: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
-    # nobody else has operators of this package
-    chosen = {op: _here(f, lowerings[op]) if op in lowerings else f for op, f in own.items()}
-    usual = {op: lowerings.get(op) for op in chosen}
-    # one by one: what others register meanwhile stays. The compiler's lock keeps a second thread of ours out
-    lowerings.update(chosen)
-    try:
-        yield
-    finally:
-        for op, lowering in usual.items():
-            if lowering is None:
-                del lowerings[op]
-            else:
-                lowerings[op] = lowering
 
 
 #: a function of 2ᵗ with t = x `rate`, for a vector of numbers x, in line: torch's are calls, around which
@@ -219,7 +192,7 @@ def _with_short_functions() -> Iterator[None]:
         def function(x: Any) -> Any:
             return code(x, _FORMATS[x.dtype]) if x.dtype in _FORMATS else usual(x)
 
-        return staticmethod(_here(function, usual))
+        return staticmethod(in_this_thread(function, usual))
 
     functions = {"exp": _exp, "sigmoid": _sigmoid, "tanh": _tanh}
     with patch.multiple(CppVecOverrides, **{name: own(name, code) for name, code in functions.items()}):
@@ -263,7 +236,7 @@ def _with_own_products() -> Iterator[None]:
         aten.bmm.default: functools.partial(product, op=aten.bmm.default),
         aten.addmm.default: sum_of_product,
     }
-    with _with_own_lowerings(own):
+    with own_lowerings(own):
         yield
 
 
@@ -353,15 +326,9 @@ _MAX_WEIGHTS = 3
 def _with_own_operators() -> Iterator[None]:
     """Have Inductor write the operators of `mtinfer.models.gather`, which are calls of Python otherwise.
 
-    Sums by `sums.h` (those of torch are serial for doubles); what is settled is put into memory. Rows by
-    index are read without a look at the index, which is a layout's: never negative, and of a row that there
-    is. The look, at every vector of every row, takes a third of the time of such code.
+    Sums by `sums.h` (those of torch are serial for doubles).
     """
     operators = torch.ops.mtinfer
-
-    def settled(x: Any) -> Any:
-        x.realize()
-        return lowerings[torch.ops.aten.clone.default](x)  # read by elementwise code, this copies nothing
 
     def segment_sum(x: Any, order: Any, starts: Any) -> Any:
         return _sums(None, x, order, starts)
@@ -371,19 +338,14 @@ def _with_own_operators() -> Iterator[None]:
         if any(known(n_weights, k) for k in range(1, _MAX_WEIGHTS + 1)):
             return _sums(weights, x, rows, starts)
         call = fallback_handler(operators.moment.default, add_to_fallback_set=False)
-        return call(*map(_contiguous, (weights, x, rows, starts)))
-
-    def index(x: Any, indices: Any) -> Any:
-        size, rows, _ = index_impl_helper(x, indices, check=False, wrap_neg=False)
-        return ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=rows, ranges=size)
+        return call(*map(contiguous, (weights, x, rows, starts)))
 
     own: dict[Any, Callable[..., Any]] = {
-        torch.ops.aten.index.Tensor: index,
-        operators.settled.default: settled,
+        **COMMON,
         operators.segment_sum.default: segment_sum,
         operators.moment.default: moment,
     }
-    with _with_own_lowerings(own):
+    with own_lowerings(own):
         yield
 
 
@@ -410,12 +372,8 @@ class _Sums(CppTemplate):
 
 def _sums(weights: Any, x: Any, rows: Any, starts: Any) -> Any:
     """Node of Inductor's graph for sums of rows."""
-    inputs = [_contiguous(node) for node in (weights, x, rows, starts) if node is not None]
+    inputs = [contiguous(node) for node in (weights, x, rows, starts) if node is not None]
     for node in inputs:
         node.freeze_layout()
     size = [starts.get_size()[0], *([] if weights is None else [weights.get_size()[1]]), x.get_size()[1]]
     return _generated(_Sums, inputs, ir.FixedLayout(x.get_device(), x.get_dtype(), size))
-
-
-def _contiguous(x: Any) -> Any:
-    return ir.ExternKernel.require_contiguous_strides(ir.ExternKernel.realize_input(x))

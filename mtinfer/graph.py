@@ -1,4 +1,4 @@
-"""One compiled graph for all heads of an architecture; this, `cpu_code` and `pieces` know the compiler.
+"""One compiled graph for all heads of an architecture; it and the modules `*_code` know the compiler.
 
 A graph is a function of tensors: data first, then weights. It is traced once with symbolic data axes and
 fixed weight shapes, compiled once, and kept on disk, so that it serves every head, every structure size and
@@ -16,7 +16,7 @@ import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import starmap
@@ -332,8 +332,6 @@ class SharedGraph:
         from torch._inductor.package.package import package_aoti
         from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
-        from .cpu_code import cpu_code
-
         # torch 2.13 warns of itself, and on a GPU recommends a precision that is none
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
@@ -342,7 +340,7 @@ class SharedGraph:
         with (
             tempfile.TemporaryDirectory(prefix="mtinfer-") as folder,
             temporary_cache_dir(str((store.directory if store.make() else Path(folder)) / "inductor")),
-            cpu_code() if self.weights[0].device.type == "cpu" else nullcontext(),
+            _own_code(self.weights[0].device),
         ):
             options = {**_OPTIONS, "aot_inductor.package": True, "aot_inductor.output_path": folder}
             files = aot_compile(module, tuple(fakes), options=options)
@@ -399,6 +397,17 @@ class SharedGraph:
         self._is_given_up, self._compiled = True, None
         text = f"{reason}; evaluating eagerly, which is slower but right"
         warnings.warn(text, GraphWarning, stacklevel=user_level())
+
+
+def _own_code(device: torch.device) -> AbstractContextManager[None]:
+    """What is changed in the compiler's code for a device; imported with the compiler."""
+    if device.type == "cpu":
+        from .cpu_code import cpu_code
+
+        return cpu_code()
+    from .gpu_code import gpu_code
+
+    return gpu_code()
 
 
 def _difference(got: Tensor, expected: Tensor, floor: float) -> float:

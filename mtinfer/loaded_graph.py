@@ -5,6 +5,8 @@ Run as a program, ``python loaded_graph.py PACKAGE DEVICE`` loads a graph and en
 
 from __future__ import annotations
 
+import ctypes
+import runpy
 import signal
 import subprocess
 import sys
@@ -37,6 +39,7 @@ class LoadedGraph:
     def __init__(self, package: Path, device: torch.device) -> None:
         aoti: Any = torch._C._aoti
         self._device, self._turn = device, threading.Lock()
+        _share_cpp_library(package)
         if device.type != "cpu":
             # unpacks into a folder of its own below /tmp, and reads the kernels there when they first run
             index = -1 if device.index is None else device.index
@@ -62,6 +65,21 @@ class LoadedGraph:
             return tuple(self._graph.run([_aligned(array) for array in arrays]))
 
 
+def _share_cpp_library(package: Path) -> None:
+    """Have a graph use the C++ library that torch uses, where the compiler put another one into it.
+
+    `g++` does where it finds `libstdc++.a` alone. Identities of locales would then be those of torch's
+    library, all else the graph's own, and `std::regex`, in torch's part of the graph, ends the process. What
+    is global is taken first.
+    """
+    if sys.platform != "linux":
+        return
+    with zipfile.ZipFile(package) as archive:
+        libraries = [archive.read(name) for name in archive.namelist() if name.endswith(".so")]
+    if any(b"libstdc++.so" not in library and b"libc++.so" not in library for library in libraries):
+        ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
+
+
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Make a GPU the current one for a while."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -75,7 +93,7 @@ def _aligned(array: Tensor) -> Tensor:
 def require_loadable(package: Path, device: torch.device) -> None:
     """Raise RuntimeError for a graph whose loading would kill this process, by loading it in another one.
 
-    Seen with g++ 13 of Ubuntu 24.04, whose `std::regex` died in torch's part of a graph (torch 2.13).
+    It is code of a compiler and a linker that were not tried with torch.
     """
     if not sys.executable:  # Python is embedded in another program
         return
@@ -90,4 +108,6 @@ def require_loadable(package: Path, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
+    # graphs may call its operators: where one is missing, Python's error would come before what is looked for
+    operators = runpy.run_path(str(Path(__file__).parent / "models" / "gather.py"))
     LoadedGraph(Path(sys.argv[1]), torch.device(sys.argv[2]))

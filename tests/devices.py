@@ -13,9 +13,14 @@ from torch.utils._pytree import tree_leaves
 GPU = torch.device("cuda")
 
 
+#: marks of what runs on a GPU
+ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+
+
 def on_gpu(test: Any) -> Any:
-    without = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    return pytest.mark.gpu(without(test))
+    for mark in ON_GPU:
+        test = mark(test)
+    return test
 
 
 class OneDevice(TorchDispatchMode):

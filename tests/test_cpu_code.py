@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import ON_GPU
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.codegen.cpp import CppVecOverrides
 from torch._inductor.codegen.cpp_utils import CppCSEVariable
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from mtinfer import cpu_code
+from mtinfer import cpu_code, loaded_graph
 from mtinfer.graph import Compilation, SharedGraph
 from mtinfer.models.gather import Index, moment, segment_sum, settled
 from mtinfer.models.layout import Argument
@@ -52,6 +55,11 @@ def normal(dtype: torch.dtype) -> Normal:
         return torch.randn(*shape, dtype=dtype, generator=generator)
 
     return of_shape
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=ON_GPU)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
 
 
 def require_equal(graph: SharedGraph, data: tuple[Tensor, ...], weights: list[Tensor]) -> None:
@@ -134,7 +142,7 @@ def test_products_of_batches(dtype: torch.dtype, normal: Normal) -> None:
     assert counters["inductor"]["cpp_templated_kernel_counter"] == 8
 
 
-def test_sums(dtype: torch.dtype, normal: Normal) -> None:
+def test_sums(dtype: torch.dtype, normal: Normal, device: torch.device, tmp_path: Path) -> None:
     def sums(x: Tensor, table: Tensor, w: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:
         *indices, scale = indices
         of_entries, of_table = Index(*indices[:3]), Index(*indices[3:])
@@ -159,7 +167,7 @@ def test_sums(dtype: torch.dtype, normal: Normal) -> None:
         Argument(("rows", 40), dtype),
         Argument((*entries, 3), dtype),
     ]
-    scale = normal(1)
+    scale = normal(1).to(device)
     graph = SharedGraph(sums, "sums", [*arguments, k, k, n, k, k, m], [scale], Compilation("wait"))
     generator = torch.Generator().manual_seed(0)
     for n_entries, n_groups, n_rows in [
@@ -175,25 +183,28 @@ def test_sums(dtype: torch.dtype, normal: Normal) -> None:
         )
         of_entries = Index.of(torch.sort(groups).values, n_groups, ascending=True)
         data = (normal(n_entries, 100), normal(n_rows, 40), normal(n_entries, 3))
-        data = (*data, *of_entries, *Index.of(rows, n_rows))
+        data = tuple(array.to(device) for array in (*data, *of_entries, *Index.of(rows, n_rows)))
         require_equal(graph, data, [scale])
     assert graph.is_compiled
-    assert counters["inductor"]["cpp_templated_kernel_counter"] == 4 * len(WIDTHS) + 3
-    require_thread_independent(graph, data, [scale])
+    (stored,) = tmp_path.glob("*.graph")  # one of its operators is called by name
+    subprocess.run([sys.executable, "-P", loaded_graph.__file__, str(stored), str(device)], check=True)
+    if device.type == "cpu":
+        assert counters["inductor"]["cpp_templated_kernel_counter"] == 4 * len(WIDTHS) + 3
+        require_thread_independent(graph, data, [scale])
 
 
-def test_rows_by_index(dtype: torch.dtype, normal: Normal) -> None:
+def test_rows_by_index(dtype: torch.dtype, normal: Normal, device: torch.device) -> None:
     def rows(x: Tensor, first: Tensor, second: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         table = torch.exp(x * w)
         return table[first] + table.index_select(0, second), w[second % 2], x[:, first % 5]
 
-    index = Argument(("entries",), torch.int64)
-    graph = SharedGraph(
-        rows, "rows", (Argument(("rows", 5), dtype), index, index), [normal(5)], Compilation("wait")
-    )
+    index, scale = Argument(("entries",), torch.int64), normal(5).to(device)
+    arguments = (Argument(("rows", 5), dtype), index, index)
+    graph = SharedGraph(rows, "rows", arguments, [scale], Compilation("wait"))
     for n_entries, n_rows in [(50, 7), (0, 3), (1, 1), (3, 700)]:
         first = torch.arange(n_entries) * (n_rows - 1) // max(1, n_entries - 1)  # to the last row
-        require_equal(graph, (normal(n_rows, 5), first, first.flip(0)), [normal(5)])
+        data = tuple(array.to(device) for array in (normal(n_rows, 5), first, first.flip(0)))
+        require_equal(graph, data, [scale])
     assert graph.is_compiled
 
 

@@ -35,7 +35,7 @@ from reference_files import COMPILED, DATA, FILES, SE_E2_A, STRIP, heads, struct
 from torch import Tensor
 
 import mtinfer
-from mtinfer import MTCalculator, Potential
+from mtinfer import MTCalculator, Potential, loaded_graph
 from mtinfer.errors import GraphWarning
 from mtinfer.graph import Compilation, CompileMode, SharedGraph, _compilers, _stored, trace
 from mtinfer.graph_store import GraphStore, cache_directory, graph_key
@@ -673,6 +673,27 @@ def test_graph_that_kills_a_process_is_not_loaded(
     assert not list(store.glob("*.graph"))
 
 
+def test_graph_with_a_cpp_library_of_its_own(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = subprocess.run(["g++", "-print-file-name=libstdc++.a"], capture_output=True, text=True).stdout
+    if not Path(found.strip()).is_absolute():
+        pytest.skip("g++ has no static library")
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *" -shared "*) set -- "$@" -static-libstdc++; esac\nexec g++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(compiler)))
+    graph = small_graph()
+    require_eager_numbers(graph, data())
+    assert graph.is_compiled
+    (stored,) = store.glob("*.graph")
+    assert b"libstdc++.so" not in stored.read_bytes()
+    # in this process a graph may have been loaded that shares the library
+    subprocess.run([sys.executable, "-P", loaded_graph.__file__, str(stored), "cpu"], check=True)
+
+
 def test_graph_that_others_can_write_is_refused(filled_store: Path) -> None:
     for stored in filled_store.glob("*.graph"):
         stored.chmod(0o666)
@@ -832,7 +853,9 @@ def test_prepared_weights_stay_on_their_device(path: Path, eager: Callable[..., 
         assert {tensor.device.type for group in groups for tensor in group.values()} == {"meta"}
 
 
-def test_a_graph_of_an_accelerator_runs_in_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_of_an_accelerator_runs_in_one_thread_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its arguments begin at multiples of 16 bytes; a loader that counts stands for torch's."""
     inside, most, places = 0, 0, set()
 
@@ -849,7 +872,9 @@ def test_a_graph_of_an_accelerator_runs_in_one_thread_at_a_time(monkeypatch: pyt
             return arguments
 
     monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", Loader)
-    graph = LoadedGraph(Path("graph.pt2"), torch.device("meta"))
+    package = tmp_path / "graph.pt2"
+    zipfile.ZipFile(package, "w").close()
+    graph = LoadedGraph(package, torch.device("meta"))
     numbers = torch.arange(9)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(graph, [numbers[k:] for k in range(9)]))
