@@ -28,17 +28,31 @@ from .checkpoint.heads import DEFAULT_HEAD
 from .errors import MtinferError
 from .roofline import roofline
 
-__all__ = ["Figures", "measure", "water"]
+__all__ = ["HEADER", "Figures", "Task", "measure", "measure_deepmd", "row", "water"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process measures."""
+
+    #: name of `ARCHITECTURES`, which gets random weights, or path of a model with the elements O and H
+    model: str
+    #: head of the file; None where it has only one
+    head: str | None
+    n_atoms: int
+    #: that are timed, after three that are not
+    steps: int
+    threads: int
+    device: str
+    #: radial embedding nets evaluated by series
+    tabulate: bool = False
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one process found for one model, one size."""
+    """What one process found."""
 
-    model: str
-    #: radial embedding nets evaluated by series
-    tabulated: bool
-    n_atoms: int
+    task: Task
     n_edges: int
     #: first energy, forces and virial, compilation included, s
     first_call_s: float
@@ -55,7 +69,7 @@ class Figures:
     @property
     def atom_steps_per_second(self) -> float:
         """Atoms times steps per second."""
-        return 1e3 * self.n_atoms / self.median_ms
+        return 1e3 * self.task.n_atoms / self.median_ms
 
 
 def water(n_atoms: int) -> ase.Atoms:
@@ -83,74 +97,43 @@ def water(n_atoms: int) -> ase.Atoms:
     return atoms
 
 
-def measure(
-    model: str, head: str | None, n_atoms: int, *, steps: int, threads: int, device: str, tabulate: bool
-) -> Figures:
+def measure(task: Task) -> Figures:
     """Measure mtinfer in a fresh process.
 
-    Parameters
-    ----------
-    model
-        name of `ARCHITECTURES`, which gets random weights, or path of a model with the elements O and H.
-    head
-        head of the file; None where it has only one.
+    Raises
+    ------
+    MtinferError
+        The process failed: its last line.
     """
-    request = {
-        "model": model,
-        "head": head,
-        "n_atoms": n_atoms,
-        "steps": steps,
-        "threads": threads,
-        "device": device,
-        "tabulate": tabulate,
-    }
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "mtinfer.bench", json.dumps(request)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads)}
+    command = [sys.executable, "-m", "mtinfer.bench", json.dumps(asdict(task))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise MtinferError(f"measuring {model} at {n_atoms} atoms failed: {reason}")
-    return Figures(**json.loads(done.stdout.splitlines()[-1]))
+        raise MtinferError(f"measuring {task.model} at {task.n_atoms} atoms failed: {reason}")
+    return Figures(**json.loads(done.stdout.splitlines()[-1]) | {"task": task})
 
 
-def measure_deepmd(
-    python: Path,
-    script: Path,
-    model: str,
-    head: str | None,
-    n_atoms: int,
-    *,
-    steps: int,
-    threads: int,
-    device: str,
-) -> dict[str, dict[str, Any]]:
+def measure_deepmd(python: Path, script: Path, task: Task) -> dict[str, dict[str, Any]]:
     """Measure deepmd-kit on the same weights and the same structure with the interpreter `python`.
 
     Returns
     -------
     form of the model (``pt``, ``pt-no-jit``, ``pth``, ``pt2``) -> its figures, or ``{"error": ...}``
+
+    Raises
+    ------
+    MtinferError
+        The process failed: its last line.
     """
     with tempfile.TemporaryDirectory() as folder:
         structure = Path(folder) / "water.extxyz"
-        ase.io.write(structure, water(n_atoms))
-        command = [
-            str(python),
-            str(script),
-            str(_file_of(model, Path(folder))),
-            "--head",
-            head or DEFAULT_HEAD,
-        ]
-        command += [
-            "--structure",
-            str(structure),
-            "--steps",
-            str(steps),
-            "--threads",
-            str(threads),
-            "--freeze",
-        ]
+        ase.io.write(structure, water(task.n_atoms))
+        command = [str(python), str(script), str(_file_of(task.model, Path(folder)))]
+        command += ["--head", task.head or DEFAULT_HEAD, "--structure", str(structure)]
+        command += ["--steps", str(task.steps), "--threads", str(task.threads), "--freeze"]
         # else deepmd-kit takes the first GPU, where there is one
-        environment = {**os.environ, "DEVICE": "cpu"} if device == "cpu" else None
+        environment = {**os.environ, "DEVICE": "cpu"} if task.device == "cpu" else None
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -170,21 +153,21 @@ def _file_of(model: str, folder: Path) -> Path:
     return path
 
 
-def _measure_here(
-    model: str, head: str | None, n_atoms: int, steps: int, threads: int, device: str, tabulate: bool
-) -> Figures:
+def _measure_here(task: Task) -> Figures:
     from .calculator import MTCalculator
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(task.threads)
     with tempfile.TemporaryDirectory() as folder:
-        path = _file_of(model, Path(folder))
-        calculator = MTCalculator(path, head=head, device=device, compile="wait", tabulate=tabulate)
-    atoms = water(n_atoms)
+        path = _file_of(task.model, Path(folder))
+        calculator = MTCalculator(
+            path, head=task.head, device=task.device, compile="wait", tabulate=task.tabulate
+        )
+    atoms = water(task.n_atoms)
     start = atoms.get_positions()
     rng = np.random.default_rng(0)
     seconds = []
     warm_up = 3
-    for step in range(1 + warm_up + steps):
+    for step in range(1 + warm_up + task.steps):
         atoms.set_positions(start + (rng.normal(0, 0.01, start.shape) if step else 0.0))
         began = time.perf_counter()
         calculator.calculate(atoms)
@@ -192,9 +175,7 @@ def _measure_here(
     peak = _peak_mib(calculator.potential.device)
     least = roofline(calculator, atoms)
     return Figures(
-        model=model,
-        tabulated=tabulate,
-        n_atoms=n_atoms,
+        task=task,
         n_edges=least.n_edges,
         first_call_s=seconds[0],
         median_ms=1e3 * statistics.median(seconds[1 + warm_up :]),
@@ -243,8 +224,8 @@ def row(figures: Figures, forms: dict[str, dict[str, Any]]) -> str:
     elif forms:
         theirs[0] = "failed"
     cells = [
-        Path(figures.model).name + (", tabulated" if figures.tabulated else ""),
-        f"{figures.n_atoms}",
+        Path(figures.task.model).name + (", tabulated" if figures.task.tabulate else ""),
+        f"{figures.task.n_atoms}",
         f"{figures.median_ms:.1f}",
         f"{figures.atom_steps_per_second:.0f}",
         f"{figures.median_ms / figures.roofline_ms:.1f}x of {figures.roofline_ms:.1f}",
@@ -258,6 +239,6 @@ def row(figures: Figures, forms: dict[str, dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(asdict(_measure_here(**json.loads(sys.argv[1])))))
+        print(json.dumps(asdict(_measure_here(Task(**json.loads(sys.argv[1]))))))
     except MtinferError as err:
         sys.exit(str(err))

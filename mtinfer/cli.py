@@ -324,7 +324,7 @@ def bench(
     the first call and number of graphs compiled.
     """
     from .architectures import ARCHITECTURES
-    from .bench import HEADER, measure, measure_deepmd, row
+    from .bench import HEADER, Task, measure, measure_deepmd, row
 
     for name in models:
         if name not in ARCHITECTURES and not Path(name).is_file():
@@ -340,11 +340,11 @@ def bench(
         own = head if name not in ARCHITECTURES else "water"
         for n_atoms in atoms:
             click.echo(f"{name}, {n_atoms} atoms …", err=True)
-            options: dict[str, Any] = {"steps": steps, "threads": threads, "device": device}
-            figures = measure(name, own, n_atoms, tabulate=tabulate, **options)
+            task = Task(name, own, n_atoms, steps, threads, device, tabulate)
+            figures = measure(task)
             theirs = {}
             if deepmd_python is not None:
-                theirs = measure_deepmd(deepmd_python, deepmd_script, name, own, n_atoms, **options)
+                theirs = measure_deepmd(deepmd_python, deepmd_script, task)
             click.echo(row(figures, theirs))
             for form, of_form in theirs.items():
                 if "error" in of_form:

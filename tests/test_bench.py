@@ -12,14 +12,15 @@ from click.testing import CliRunner
 from reference_files import STRIP
 
 import mtinfer
-from mtinfer.bench import measure, row, water
+from mtinfer.bench import Task, measure, row, water
 from mtinfer.cli import main
 from mtinfer.errors import MtinferError
 
 
 def test_figures_of_a_file() -> None:
-    figures = measure(str(STRIP), "water", 6, steps=2, threads=1, device="cpu", tabulate=False)
-    assert figures.n_atoms == 6
+    task = Task(str(STRIP), "water", n_atoms=6, steps=2, threads=1, device="cpu")
+    figures = measure(task)
+    assert figures.task == task
     assert figures.graphs_compiled <= 1
     assert 0.0 < figures.median_ms < 1e3 * figures.first_call_s
     # the fitting net of each atom, there and back
@@ -47,7 +48,7 @@ def test_bad_requests_are_named() -> None:
     with pytest.raises(MtinferError, match="multiple of 3"):
         water(4)
     with pytest.raises(MtinferError, match=r"at 3 atoms failed: no head was named"):
-        measure(str(STRIP), None, 3, steps=1, threads=1, device="cpu", tabulate=False)
+        measure(Task(str(STRIP), None, n_atoms=3, steps=1, threads=1, device="cpu"))
     for arguments, text in (
         (["no-such-model"], "neither a file nor an architecture; those are se_e2_a"),
         ([str(STRIP), "--deepmd-python", __file__, "--deepmd-script", "no.py"], "no such script"),
