@@ -45,8 +45,8 @@ def _sources() -> str:
     """Digest of the files whose text determines a graph."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    modules = ["graph", "heads", "stage_graphs", "value_graphs", "lowerings", "cpu_code", "gpu_code"]
-    modules += ["checkpoint/sharing", "train/batch", "train/step"]
+    modules = ["graph", "heads", "stage_graphs", "value_graphs", "checkpoint/sharing"]
+    modules += ["lowerings", "cpu_code", "powers", "gpu_code", "train/batch", "train/step"]
     traced = [here / f"{module}.py" for module in modules]
     for path in sorted([*(here / "models").glob("*.py"), *traced, *here.glob("*.h")]):
         digest.update(path.read_bytes())
