@@ -25,10 +25,10 @@ from torch._inductor.codegen.cpp_utils import (
     _get_dtype_from_loopbodies,
     _get_loop_body,
 )
-from torch._inductor.lowering import fallback_handler, lowerings
+from torch._inductor.lowering import lowerings
 from torch._inductor.virtualized import V
 
-from .lowerings import COMMON, contiguous, in_this_thread, own_lowerings
+from .lowerings import contiguous, in_this_thread, own_lowerings, own_operators
 from .powers import FORMATS, Format, exp, sigmoid, tanh
 
 __all__ = ["cpu_code"]
@@ -37,7 +37,12 @@ __all__ = ["cpu_code"]
 @contextlib.contextmanager
 def cpu_code() -> Iterator[None]:
     """Have Inductor's CPU code as described above while this lasts, in this thread alone."""
-    with _with_own_tiles(), _with_short_functions(), _with_own_products(), _with_own_operators():
+    with (
+        _with_own_tiles(),
+        _with_short_functions(),
+        _with_own_products(),
+        own_lowerings(own_operators(_sums)),
+    ):
         yield
 
 
@@ -211,33 +216,6 @@ extern "C"
 _MAX_WEIGHTS = 3
 
 
-@contextlib.contextmanager
-def _with_own_operators() -> Iterator[None]:
-    """Have Inductor write the operators of `mtinfer.models.gather`, which are calls of Python otherwise.
-
-    Sums by `sums.h` (those of torch are serial for doubles).
-    """
-    operators = torch.ops.mtinfer
-
-    def segment_sum(x: Any, order: Any, starts: Any) -> Any:
-        return _sums(None, x, order, starts)
-
-    def moment(weights: Any, x: Any, rows: Any, starts: Any) -> Any:
-        known, n_weights = V.graph.sizevars.statically_known_equals, weights.get_size()[1]
-        if any(known(n_weights, k) for k in range(1, _MAX_WEIGHTS + 1)):
-            return _sums(weights, x, rows, starts)
-        call = fallback_handler(operators.moment.default, add_to_fallback_set=False)
-        return call(*map(contiguous, (weights, x, rows, starts)))
-
-    own: dict[Any, Callable[..., Any]] = {
-        **COMMON,
-        operators.segment_sum.default: segment_sum,
-        operators.moment.default: moment,
-    }
-    with own_lowerings(own):
-        yield
-
-
 class _Sums(CppTemplate):
     """Kernel for sums of rows. Inputs: weights if there are any, table, rows of the entries, starts."""
 
@@ -260,9 +238,14 @@ class _Sums(CppTemplate):
 
 
 def _sums(weights: Any, x: Any, rows: Any, starts: Any) -> Any:
-    """Node of Inductor's graph for sums of rows."""
+    """Node of Inductor's graph for sums of rows by `sums.h`; torch's are serial for doubles."""
+    n_weights = 0 if weights is None else int(weights.get_size()[1])
+    if n_weights > _MAX_WEIGHTS:
+        some, cat = lowerings[torch.ops.aten.slice.Tensor], lowerings[torch.ops.aten.cat.default]
+        starts_of_some = range(0, n_weights, _MAX_WEIGHTS)
+        return cat([_sums(some(weights, 1, k, k + _MAX_WEIGHTS), x, rows, starts) for k in starts_of_some], 1)
     inputs = [contiguous(node) for node in (weights, x, rows, starts) if node is not None]
     for node in inputs:
         node.freeze_layout()
-    size = [starts.get_size()[0], *([] if weights is None else [weights.get_size()[1]]), x.get_size()[1]]
+    size = [starts.get_size()[0], *([n_weights] if n_weights else []), x.get_size()[1]]
     return _generated(_Sums, inputs, ir.FixedLayout(x.get_device(), x.get_dtype(), size))

@@ -7,7 +7,7 @@ embedding_bag, which reads one entry of a row after the other; indices are not c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor import ir
 from torch._inductor.lowering import lowerings
 
-from .lowerings import COMMON, contiguous, own_lowerings
+from .lowerings import contiguous, own_lowerings, own_operators
 
 __all__ = ["gpu_code", "sum_rows"]
 
@@ -28,18 +28,8 @@ _MOST_COLUMNS = 32
 
 @contextlib.contextmanager
 def gpu_code() -> Iterator[None]:
-    """Have Inductor's code for GPUs as described above while this lasts, in this thread alone."""
-    operators = torch.ops.mtinfer
-
-    def segment_sum(x: Any, order: Any, starts: Any) -> Any:
-        return _sums(None, x, order, starts)
-
-    own: dict[Any, Callable[..., Any]] = {
-        **COMMON,
-        operators.segment_sum.default: segment_sum,
-        operators.moment.default: _sums,
-    }
-    with own_lowerings(own):
+    """Have Inductor's code for GPUs as described above while this lasts."""
+    with own_lowerings(own_operators(_sums)):
         yield
 
 
@@ -95,7 +85,7 @@ def _sums(weights: Any, x: Any, rows: Any, starts: Any) -> Any:
     columns_at_once = min(triton.next_power_of_2(width), _MOST_COLUMNS)
     arguments = {
         "result": result,
-        **{name: _in_memory(node) for name, node in {"x": x, "rows": rows, "starts": starts}.items()},
+        **{name: contiguous(node) for name, node in {"x": x, "rows": rows, "starts": starts}.items()},
         "n_rows": n_rows,
         "n_entries": rows.get_size()[0],
         "width": width,
@@ -103,7 +93,7 @@ def _sums(weights: Any, x: Any, rows: Any, starts: Any) -> Any:
         "entries_at_once": _AT_ONCE // columns_at_once,
         "columns_at_once": columns_at_once,
     }
-    arguments["weights"] = arguments["x"] if weights is None else _in_memory(weights)  # if none, not read
+    arguments["weights"] = arguments["x"] if weights is None else contiguous(weights)  # if none, not read
     ir.UserDefinedTritonKernel(
         kernel_idx=kernel_side_table.add_kernel(sum_rows),
         grid=[(n_rows, triton.cdiv(width, columns_at_once), max(n_weights, 1))],
@@ -111,8 +101,3 @@ def _sums(weights: Any, x: Any, rows: Any, starts: Any) -> Any:
         kernel_args=arguments,
     )
     return result
-
-
-def _in_memory(x: Any) -> Any:
-    node = contiguous(x)
-    return node if isinstance(node, ir.TensorBox) else ir.TensorBox(node)

@@ -15,8 +15,8 @@ import tempfile
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import starmap
@@ -330,16 +330,15 @@ class SharedGraph:
     def _compile(self, store: GraphStore) -> LoadedGraph:
         from torch._inductor import aot_compile
         from torch._inductor.package.package import package_aoti
-        from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
         # torch 2.13 warns of itself, and on a GPU recommends a precision that is none
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
         module, fakes = trace(self.function, self.arguments, self.weights)
-        # of what the compiler writes only the graph is kept, and what it found out about the processor
+        # of what the compiler writes the graph is kept, and what it found out about the processor or GPU
         with (
             tempfile.TemporaryDirectory(prefix="mtinfer-") as folder,
-            temporary_cache_dir(str((store.directory if store.make() else Path(folder)) / "inductor")),
+            _files_of_compiler(store.of_compiler if store.make() else Path(folder) / "inductor"),
             _own_code(self.weights[0].device),
         ):
             options = {**_OPTIONS, "aot_inductor.package": True, "aot_inductor.output_path": folder}
@@ -348,6 +347,7 @@ class SharedGraph:
             assert isinstance(files, list)
             package_aoti(str(package), files)
             require_loadable(package, self.weights[0].device)
+            loaded = LoadedGraph(package, self.weights[0].device)  # else it is not stored
             self.n_compiled += 1
             try:
                 store.save(package, self.signature)
@@ -358,7 +358,7 @@ class SharedGraph:
                     GraphWarning,
                     stacklevel=user_level(),
                 )
-            return LoadedGraph(package, self.weights[0].device)
+            return loaded
 
     def _check(
         self, compiled: LoadedGraph, data: Sequence[Tensor], weights: Sequence[Tensor]
@@ -397,6 +397,21 @@ class SharedGraph:
         self._is_given_up, self._compiled = True, None
         text = f"{reason}; evaluating eagerly, which is slower but right"
         warnings.warn(text, GraphWarning, stacklevel=user_level())
+
+
+@contextmanager
+def _files_of_compiler(folder: Path) -> Iterator[None]:
+    """Have Inductor write into a folder, and Triton below it where the user named none."""
+    from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
+
+    own = {} if "TRITON_CACHE_DIR" in os.environ else {"TRITON_CACHE_DIR": str(folder / "triton")}
+    with temporary_cache_dir(str(folder)):
+        os.environ.update(own)  # Inductor would do the same, for good
+        try:
+            yield
+        finally:
+            for name in own:
+                os.environ.pop(name, None)
 
 
 def _own_code(device: torch.device) -> AbstractContextManager[None]:

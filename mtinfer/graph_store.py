@@ -81,13 +81,19 @@ class GraphStore:
     def _record(self) -> Path:
         return self.directory / f"{self.key}.json"
 
+    @property
+    def of_compiler(self) -> Path:
+        """Directory for files of the compiler, which loads code from there."""
+        return self.directory / "inductor"
+
     def make(self) -> bool:
-        """Create the directory for the user alone, and refuse another's; False where it can't be written."""
+        """Create what is the user's alone, and refuse another's; False where nothing can be written."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.of_compiler.mkdir(exist_ok=True, mode=0o700)
         except OSError:
             return False
-        self._require_private(self.directory)
+        self._require_private(self.directory, self.of_compiler)
         return os.access(self.directory, os.W_OK)
 
     def _require_private(self, *paths: Path) -> None:

@@ -6,12 +6,10 @@ Run as a program, ``python loaded_graph.py PACKAGE DEVICE`` loads a graph and en
 from __future__ import annotations
 
 import ctypes
-import runpy
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import zipfile
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -38,10 +36,10 @@ class LoadedGraph:
 
     def __init__(self, package: Path, device: torch.device) -> None:
         aoti: Any = torch._C._aoti
-        self._device, self._turn = device, threading.Lock()
+        self._device = device
         _share_cpp_library(package)
         if device.type != "cpu":
-            # unpacks into a folder of its own below /tmp, and reads the kernels there when they first run
+            # unpacks into a folder of its own below TMPDIR, and reads the kernels there when they first run
             index = -1 if device.index is None else device.index
             with _current(device):  # it makes its device the current one
                 self._graph = aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
@@ -51,26 +49,24 @@ class LoadedGraph:
             tempfile.TemporaryDirectory(prefix="mtinfer-", ignore_cleanup_errors=True) as folder,
             zipfile.ZipFile(package) as archive,
         ):
-            archive.extractall(folder)  # beside the library stand the operators that it calls by name
+            archive.extractall(folder)
             (library,) = Path(folder).rglob("*.so")
             self._graph = aoti.AOTIModelContainerRunnerCpu(str(library), 1)
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         arrays = [argument.contiguous() for argument in arguments]
-        if self._device.type == "cpu":
+        if self._device.type != "cpu":
+            arrays = [_aligned(array) for array in arrays]
+        with _current(self._device):
             return tuple(self._graph.run(arrays))
-        # torch holds the interpreter's lock while a graph runs, but gives it up in operators that are Python
-        # there: a second thread that took it, and waited inside for the first, would stop both
-        with self._turn, _current(self._device):
-            return tuple(self._graph.run([_aligned(array) for array in arrays]))
 
 
 def _share_cpp_library(package: Path) -> None:
     """Have a graph use the C++ library that torch uses, where the compiler put another one into it.
 
     `g++` does where it finds `libstdc++.a` alone. Identities of locales would then be those of torch's
-    library, all else the graph's own, and `std::regex`, in torch's part of the graph, ends the process. What
-    is global is taken first.
+    library, all else the graph's own, and `std::regex`, in torch's part of the graph, fails or ends the
+    process. What is global is taken first.
     """
     if sys.platform != "linux":
         return
@@ -108,6 +104,4 @@ def require_loadable(package: Path, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    # graphs may call its operators: where one is missing, Python's error would come before what is looked for
-    operators = runpy.run_path(str(Path(__file__).parent / "models" / "gather.py"))
     LoadedGraph(Path(sys.argv[1]), torch.device(sys.argv[2]))

@@ -15,7 +15,7 @@ from torch._inductor.lowering import index_impl_helper, lowerings
 
 from .models import gather  # noqa: F401  its operators
 
-__all__ = ["COMMON", "contiguous", "in_this_thread", "own_lowerings"]
+__all__ = ["contiguous", "in_this_thread", "own_lowerings", "own_operators"]
 
 
 def in_this_thread(own: Callable[..., Any], usual: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,7 +31,7 @@ def in_this_thread(own: Callable[..., Any], usual: Callable[..., Any]) -> Callab
 
 @contextlib.contextmanager
 def own_lowerings(own: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
-    """Have operators lowered by the functions of `own` while this lasts, in this thread alone."""
+    """Have operators lowered by the functions of `own` while this lasts, torch's in this thread alone."""
     # nobody else has operators of this package
     chosen = {op: in_this_thread(f, lowerings[op]) if op in lowerings else f for op, f in own.items()}
     usual = {op: lowerings.get(op) for op in chosen}
@@ -49,7 +49,29 @@ def own_lowerings(own: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
 
 def contiguous(x: Any) -> Any:
     """Node `x` of Inductor's graph in memory, in the order of its axes."""
-    return ir.ExternKernel.require_contiguous_strides(ir.ExternKernel.realize_input(x))
+    node = ir.ExternKernel.require_contiguous_strides(ir.ExternKernel.realize_input(x))
+    return node if isinstance(node, ir.TensorBox) else ir.TensorBox(node)
+
+
+def own_operators(sums: Callable[..., Any]) -> dict[Any, Callable[..., Any]]:
+    """Lowerings of rows by index and of the operators of `mtinfer.models.gather`: none calls Python.
+
+    Parameters
+    ----------
+    sums
+        ``sums(weights, x, rows, starts)``: node of the sums of rows, `weights` None for those without.
+    """
+    operators = torch.ops.mtinfer
+
+    def segment_sum(x: Any, order: Any, starts: Any) -> Any:
+        return sums(None, x, order, starts)
+
+    return {
+        torch.ops.aten.index.Tensor: _index,
+        operators.settled.default: _settled,
+        operators.segment_sum.default: segment_sum,
+        operators.moment.default: sums,
+    }
 
 
 def _settled(x: Any) -> Any:
@@ -59,17 +81,6 @@ def _settled(x: Any) -> Any:
 
 
 def _index(x: Any, indices: Any) -> Any:
-    """Read rows by index without a look at the index.
-
-    It is a layout's: never negative, and of a row that there is. On a CPU the look, at every vector of every
-    row, takes a third of the time of such code.
-    """
+    """Read rows by index without a look at it: it is a layout's, never negative, of a row that there is."""
     size, rows, _ = index_impl_helper(x, indices, check=False, wrap_neg=False)
     return ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=rows, ranges=size)
-
-
-#: operator -> lowering, on every device
-COMMON: Mapping[Any, Callable[..., Any]] = {
-    torch.ops.aten.index.Tensor: _index,
-    torch.ops.mtinfer.settled.default: _settled,
-}

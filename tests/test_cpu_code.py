@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +17,7 @@ from torch._inductor.codegen.cpp import CppVecOverrides
 from torch._inductor.codegen.cpp_utils import CppCSEVariable
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from mtinfer import cpu_code, loaded_graph
+from mtinfer import cpu_code
 from mtinfer.graph import Compilation, SharedGraph
 from mtinfer.models.gather import Index, moment, segment_sum, settled
 from mtinfer.models.layout import Argument
@@ -66,6 +64,14 @@ def require_equal(graph: SharedGraph, data: tuple[Tensor, ...], weights: list[Te
     for got, expected in zip(graph(data, weights), graph.function(*data, *weights), strict=True):
         eps = torch.finfo(expected.dtype).eps
         torch.testing.assert_close(got, expected, rtol=500 * eps, atol=5000 * eps)
+
+
+def code_of(store: Path, file: str) -> str:
+    """Source of the only graph in a store."""
+    (stored,) = store.glob("*.graph")
+    with zipfile.ZipFile(stored) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(file))
+        return archive.read(name).decode()
 
 
 def require_thread_independent(graph: SharedGraph, data: tuple[Tensor, ...], weights: list[Tensor]) -> None:
@@ -156,7 +162,7 @@ def test_sums(dtype: torch.dtype, normal: Normal, device: torch.device, tmp_path
             ),
             moment(w, table, of_entries, of_table),
             moment(w[:, :2], y[:, ::3], of_entries),
-            moment(y, w, of_entries),  # more weights than are written out
+            moment(y, w, of_entries),  # more weights than a kernel has
             segment_sum(settled(y.T).T.exp(), of_entries),
         )
 
@@ -186,10 +192,12 @@ def test_sums(dtype: torch.dtype, normal: Normal, device: torch.device, tmp_path
         data = tuple(array.to(device) for array in (*data, *of_entries, *Index.of(rows, n_rows)))
         require_equal(graph, data, [scale])
     assert graph.is_compiled
-    (stored,) = tmp_path.glob("*.graph")  # one of its operators is called by name
-    subprocess.run([sys.executable, "-P", loaded_graph.__file__, str(stored), str(device)], check=True)
+    code = code_of(tmp_path, "wrapper.cpp")
+    assert "proxy_executor_call_function" not in code  # which calls Python
+    assert ("sum_rows" in code) == (device.type == "cuda")
+    assert all(map(torch.equal, graph(data, [scale]), graph(data, [scale])))
     if device.type == "cpu":
-        assert counters["inductor"]["cpp_templated_kernel_counter"] == 4 * len(WIDTHS) + 3
+        assert counters["inductor"]["cpp_templated_kernel_counter"] == 4 * len(WIDTHS) + 3 + 34
         require_thread_independent(graph, data, [scale])
 
 
@@ -226,10 +234,7 @@ def test_rows_of_any_width(dtype: torch.dtype, normal: Normal, tmp_path: Path) -
     for n in (1, 7, 300):
         require_equal(graph, (torch.arange(n).flip(0), *(normal(n, w) for w in widths)), weights)
     assert graph.is_compiled
-    (stored,) = tmp_path.glob("*.graph")
-    with zipfile.ZipFile(stored) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith("kernel.cpp"))
-        code = archive.read(name).decode()
+    code = code_of(tmp_path, "kernel.cpp")
     if cpu_code._has_avx():
         assert ("at::vec::Vectorized<double>::loadu" in code) == (dtype == torch.float64)
 
