@@ -67,10 +67,11 @@ class MTCalculator(Calculator):
     Notes
     -----
     Results: energy, free_energy, energies, forces, stress (where the cell has a volume and some axis is
-    periodic; eV/Å³, Voigt), and ``results["virial"]`` (3, 3), eV, which ``export_properties()`` leaves out
-    for ASE's `SinglePointCalculator`. Parameters of a structure are read from ``atoms.info["fparam"]``,
-    ``atoms.arrays["aparam"]``, ``atoms.info["charge"]`` and ``atoms.info["spin"]``. Copies share the
-    potential; pickles, as for a pool of processes, hold the path of the file, which is loaded again.
+    periodic; eV/Å³, Voigt), and ``results["virial"]`` (3, 3), eV, which is no property of ASE's:
+    ``export_properties()``, and with it trajectories, leave it out. Parameters of a structure are read from
+    ``atoms.info["fparam"]``, ``atoms.arrays["aparam"]``, ``atoms.info["charge"]`` and
+    ``atoms.info["spin"]``. Copies share the potential; pickles, as for a pool of processes, hold the path of
+    the file, which is loaded again.
     """
 
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012

@@ -226,16 +226,22 @@ def evaluate(
     _report(evaluation, model, json_file=json_file, csv_file=csv_file, plot=plot, output=output)
 
 
+#: arrays of ASE that no label could be
+_ARRAYS = {"numbers", "positions", "momenta", "masses", "tags", "initial_magmoms", "initial_charges"}
+
+
 def _unread(frames: Sequence[Frame]) -> str:
     """Where labels are looked for, and what else the first frame has, for messages."""
     atoms = frames[0].atoms
-    others = sorted({*atoms.info, *atoms.arrays} - {"numbers", "positions"})
+    others = sorted({*atoms.info, *atoms.arrays} - _ARRAYS)
     found = f"; the first frame has {', '.join(others)} instead" if others else ""
     return f" (energy, forces, virial or stress{found})"
 
 
 def _chosen_heads(potential: Potential, heads: tuple[str, ...]) -> list[str]:
     if "all" in heads and "all" not in potential.heads:
+        for reason in potential.refused.values():
+            click.echo(f"left out: {reason}", err=True)
         return list(potential.heads)
     return list(dict.fromkeys(potential.head(name).name for name in heads or (None,)))
 

@@ -177,7 +177,9 @@ def _say_what_is_waited_for(worker: threading.Thread) -> None:
     threading.main_thread().join()
     if worker.is_alive() and _said.acquire(blocking=False):
         print(
-            "mtinfer: compiling for later runs, up to a minute or two a graph …", file=sys.stderr, flush=True
+            "mtinfer: compiling for later runs, up to a minute or two a graph; Ctrl-C leaves it out …",
+            file=sys.stderr,
+            flush=True,
         )
 
 

@@ -32,8 +32,8 @@ def fparam_of(
     value = given if given is not None else _of_info(atoms, "fparam", default)
     if value is None:
         raise StructureError(
-            f"the model needs {size} frame parameters and has no default; "
-            'set atoms.info["fparam"], or pass fparam='
+            f"the model needs {size} frame parameter{'s' * (size > 1)} and has no default; "
+            'set atoms.info["fparam"], in files fparam= (extxyz) or fparam.npy, or pass fparam='
         )
     return _shaped("fparam", value, (size,))
 
@@ -57,8 +57,8 @@ def aparam_of(atoms: ase.Atoms, model: EnergyModel, given: ArrayLike | None = No
     value = given if given is not None else atoms.arrays.get("aparam")
     if value is None:
         raise StructureError(
-            f"the model needs {shape[1]} parameters of every atom; "
-            'set atoms.arrays["aparam"], or pass aparam='
+            f"the model needs {shape[1]} parameter{'s' * (shape[1] > 1)} of every atom; "
+            'set atoms.arrays["aparam"], in files a column aparam (extxyz) or aparam.npy, or pass aparam='
         )
     return _shaped("aparam", value, shape)
 
@@ -84,7 +84,8 @@ def charge_spin_of(
         if any(number is None for number in own):
             raise StructureError(
                 "the model needs the total charge and spin and has no default; "
-                'set atoms.info["charge"] and atoms.info["spin"], or pass charge_spin='
+                'set atoms.info["charge"] and atoms.info["spin"], in extxyz files charge= and spin=, or pass '
+                "charge_spin="
             )
         given = own
     array = _shaped("charge_spin", given, (2,))

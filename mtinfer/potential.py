@@ -74,6 +74,11 @@ class Potential:
         return {name: state.aliases for name, state in self._heads.items()}
 
     @property
+    def refused(self) -> dict[str, str]:
+        """Heads of the file that can't be evaluated, and why."""
+        return {name: refused.reason for name, refused in self._refused.items()}
+
+    @property
     def graphs_compiled(self) -> int:
         """How many graphs were compiled in this process for this potential."""
         return sum(graph.n_compiled for graph in self.graphs)

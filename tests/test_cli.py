@@ -105,7 +105,7 @@ def test_convert_keeps_an_existing_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_convert_leaves_out_what_can_not_be_evaluated(tmp_path: Path) -> None:
+def test_heads_that_can_not_be_evaluated_are_named(tmp_path: Path) -> None:
     def strange(content: Any) -> None:
         params = content["model"]["_extra_state"]["model_params"]["model_dict"]
         params["copper"]["fitting_net"]["activation_function"] = "sawtooth"
@@ -118,6 +118,13 @@ def test_convert_leaves_out_what_can_not_be_evaluated(tmp_path: Path) -> None:
         "water",
         "clusters",
     ]
+    for arguments in (
+        ["eval", "--head", "all", path, FRAMES / "water.extxyz"],
+        ["verify", path, "--compile", "off"],
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 0, result.output
+        assert result.stderr.count("left out: head 'copper'") == 1
     assert run("convert", path, "-o", target, "--force", "--head", "water").exit_code == 0
     fails_with("head 'copper'", "convert", path, "-o", target, "--force", "--head", "copper")
 
@@ -231,7 +238,7 @@ def test_bad_data_and_outputs_are_named(tmp_path: Path) -> None:
     unlabelled.info = {"REF_energy": 1.0}
     ase.io.write(tmp_path / "other.extxyz", unlabelled)
     text = (
-        "no frame carries a label (energy, forces, virial or stress; the first frame has REF_energy, momenta"
+        "no frame carries a label (energy, forces, virial or stress; the first frame has REF_energy instead)"
     )
     fails_with(text, "eval", "--head", "water", STRIP, tmp_path / "other.extxyz")
     absent = tmp_path / "absent" / "s.json"

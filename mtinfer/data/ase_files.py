@@ -43,12 +43,14 @@ def read_ase_file(path: Path) -> list[Frame]:
     DataError
         The file can't be read or holds no frames, or a label is malformed.
     """
-    import ase.io
+    import ase.io.formats
 
     try:
         images = ase.io.read(str(path), index=":", do_not_split_by_at_sign=True)
     except Exception as err:  # each of ASE's readers has errors of its own
         reason = " ".join(str(err).split())[:200] or type(err).__name__
+        if isinstance(err, ase.io.formats.UnknownFileTypeError):
+            reason = f"unknown file type {reason!r}"
         raise DataError(
             f"{path}: ASE can't read this file: {reason}; give extxyz or another format that"
             " ase.io.read takes"

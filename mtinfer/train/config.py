@@ -109,7 +109,8 @@ def read_config(path: Path) -> TrainConfig:
     except OSError as err:
         raise ConfigError(f"{str(path)!r} can't be read: {err.strerror}") from err
     except ValueError as err:
-        raise ConfigError(f"{str(path)!r} is not valid JSON: {err}") from err
+        yaml = "; YAML is not read, write it as JSON" if path.suffix.lower() in (".yaml", ".yml") else ""
+        raise ConfigError(f"{str(path)!r} is not valid JSON: {err}{yaml}") from err
     return parse_config(content, path)
 
 

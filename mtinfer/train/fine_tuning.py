@@ -221,7 +221,10 @@ def _of_types(record: HeadRecord, task: Task) -> Mapping[str, Tensor]:
         return record.weights
     said = f"head {record.name!r} has the type map {', '.join(source)}; task {task.name!r} has"
     if missing := [symbol for symbol in target if symbol not in source]:
-        raise CheckpointError(f"{said} {', '.join(missing)}, too; it can't start from a head without")
+        raise CheckpointError(
+            f"{said} {', '.join(missing)}, too; it can't start from a head without; leave "
+            "them out of type_map, or name another head in finetune_head"
+        )
     configs = {prefix: config for prefix, config, _ in parts(record.config["descriptor"], record.weights)}
     if any(kind_of(config) == "se_e2_a" for config in configs.values()):
         raise CheckpointError(

@@ -103,6 +103,8 @@ def verify(
             ways["deepmd-kit"] = _deepmd(path, importlib.import_module("deepmd.infer").DeepPot)
         except Exception as err:  # built for another torch, say: nothing that speaks of the checkpoint
             warnings.warn(f"deepmd-kit can't be imported and is left out ({first_line(err)})", stacklevel=2)
+    for reason in eager.refused.values() if heads is None else ():
+        warnings.warn(f"left out: {reason}", stacklevel=2)
     states = [eager.head(name) for name in heads or eager.heads]
     of_heads = [sample_structures(state) if frames is None else _known(frames, state) for state in states]
     for state, chosen in zip(states, of_heads, strict=True):

@@ -507,7 +507,7 @@ def test_parameters_that_frames_lack_are_found_at_once(kind: str, tmp_path: Path
                 atoms.info["fparam"] = [1.0]
         ase.io.write(tmp_path / f"{section}.extxyz", frames)
         data[section]["systems"] = [str(tmp_path / f"{section}.extxyz")]
-    with pytest.raises(DataError, match=f"{kind}.extxyz, frame 1: the model needs 1 frame parameters"):
+    with pytest.raises(DataError, match=f"{kind}.extxyz, frame 1: the model needs 1 frame parameter and"):
         plan_of(content)
 
 
