@@ -115,6 +115,10 @@ class Keeper:
         for path in (self.output / CURVE, *(self.folder / f"{name}.pt" for name in self._names)):
             check_output(path)
 
+    def replaces(self, path: Path) -> bool:
+        """Whether a file is of an earlier training, and goes."""
+        return path in self._replaced
+
     def clear(self) -> None:
         """Remove the files that `claim` found."""
         for path in self._replaced:

@@ -269,7 +269,8 @@ class Trainer:
     def _kept_rows(self) -> list[dict[str, Any]]:
         """Rows of the learning curve up to the step that a resumed run goes on from."""
         path = self.folder / CURVE
-        rows = read_curve(path) if self.step and self.ranks.is_first and path.exists() else []
+        is_own = self.ranks.is_first and path.exists() and not self.keeper.replaces(path)
+        rows = read_curve(path) if self.step and is_own else []
         return [row for row in rows if int(row["step"]) <= self.step]
 
     def _compile(self) -> None:

@@ -193,6 +193,15 @@ def test_an_earlier_training_is_replaced_by_force(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_no_row_of_a_replaced_training_stays_where_another_one_is_resumed(tmp_path: Path) -> None:
+    trained(tmp_path / "old", 3, disp_freq=1)
+    trained(tmp_path / "source", 4, disp_freq=4)
+    source = Start(resume=tmp_path / "source" / "model.ckpt-4.pt", force=True)
+    trained(tmp_path / "old", 5, start=source, disp_freq=1)
+    assert {row["step"] for row in read_curve(tmp_path / "old" / "lcurve.csv")} == {"5"}
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_an_earlier_training_is_replaced_when_the_new_one_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
