@@ -13,8 +13,10 @@ from tiny_inputs import plan_of, shared_input, trained
 import mtinfer
 from mtinfer.checkpoint.load import read
 from mtinfer.errors import CheckpointError, ConfigError, UnknownHeadError
+from mtinfer.train.batch import make_batch
 from mtinfer.train.starting import Start
 from mtinfer.train.statistics import times_drawn
+from mtinfer.train.step import predicted_energies
 from mtinfer.train.trainer import Trainer
 
 
@@ -28,6 +30,10 @@ def test_fine_tuning_starts_from_a_head(tmp_path: Path) -> None:
             if name.startswith("descriptor.") or ".nets." in name:
                 assert torch.equal(tensor, source.weights["copper"][name])
     assert not torch.equal(trainer.weights["clusters"]["out_bias"], source.weights["copper"]["out_bias"])
+    clusters, copper = trainer.weights["clusters"], trainer.weights["copper"]
+    for name, tensor in clusters.items():
+        shared = plan.owners("clusters", name) == plan.owners("copper", name)
+        assert (tensor is copper[name]) == shared == name.startswith("descriptor."), name
     other = shared_input("dpa1strip")
     other["model"]["shared_dict"]["desc"]["sel"] = 40
     wider = Trainer(plan_of(other), tmp_path, start=start, mode="off").weights["clusters"]
@@ -40,6 +46,54 @@ def test_fine_tuning_starts_from_a_head(tmp_path: Path) -> None:
         CheckpointError, match=r"clusters.descriptor.axis_neuron was 2, and is 3 in the input"
     ):
         Trainer(plan_of(other), tmp_path, start=start, mode="off")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_statistics_that_differ_by_slot_go_on_with_as_many_slots_alone(tmp_path: Path) -> None:
+    given = shared_input("dpa1strip", numb_steps=1)
+    source = Trainer(plan_of(given), tmp_path / "source", mode="off")
+    name = "descriptor.se_atten.mean"
+    mean = source.weights["copper"][name]
+    mean[:, -1] += 0.5
+    source.run()
+    start = Start(finetune=tmp_path / "source" / "model.ckpt.pt")
+    same = Trainer(plan_of(given), tmp_path / "same", start=start, mode="off")
+    assert torch.equal(same.weights["copper"][name], mean)
+    given["model"]["shared_dict"]["desc"]["sel"] = 40
+    with pytest.raises(CheckpointError, match=f"'clusters' can't .*: their descriptors differ in '{name}'"):
+        Trainer(plan_of(given), tmp_path / "wider", start=start, mode="off")
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("excluded", [[], [0], [1]])
+@pytest.mark.parametrize("dialect", ["pt", "pt_expt"])
+def test_the_bias_of_new_data_leaves_no_error_that_a_bias_could_explain(
+    tmp_path: Path, dialect: str, excluded: list[int]
+) -> None:
+    source = plan_of(shared_input("dpa1strip", numb_steps=1), dialect=dialect)
+    Trainer(source, tmp_path / "source", mode="off").run()
+    given = shared_input("dpa1strip")
+    given["model"]["model_dict"]["clusters"]["atom_exclude_types"] = excluded
+    plan = plan_of(given, dialect=dialect)
+    start = Start(finetune=tmp_path / "source" / "model.ckpt.pt", head="copper")
+    weights = Trainer(plan, tmp_path / "more", start=start, mode="off").weights
+    for task in plan.tasks:
+        n_batches = int(task.config.model["data_stat_nbatch"])
+        frames = [
+            frame
+            for system in task.systems
+            for frame, times in zip(system.frames, times_drawn(system, n_batches, dialect), strict=True)
+            for _ in range(times)
+        ]
+        batch = make_batch(frames, task.model)
+        own = weights[task.name]
+        residuals = batch.energy - predicted_energies(task.model, batch.structures, own)
+        counts = torch.zeros(len(frames), 3, dtype=torch.float64)
+        counts.index_put_((batch.structures.frames, batch.structures.types), batch.counted, accumulate=True)
+        assert counts.any()
+        assert (counts.T @ residuals).abs().max() < 1e-6  # what solves a least-squares problem
+        deviation = residuals.std(correction=0).expand_as(own["out_std"])
+        torch.testing.assert_close(own["out_std"], deviation, atol=1e-8, rtol=0)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -329,12 +383,16 @@ def test_case_embeddings_of_heads_that_go_on_stay(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'bulk' share 'fitting_net.*bulk starts from the descriptor"):
         Trainer(plan_of(new), tmp_path / "more", start=start, mode="off")
     new = with_task(given, "bulk", finetune_head="copper")
-    trainer = Trainer(plan_of(new), tmp_path / "more", start=start, mode="off")
-    cases = {task: own["fitting_net.case_embd"].tolist() for task, own in trainer.weights.items()}
-    for task, own in source.weights.items():
-        assert cases[task] == own["fitting_net.case_embd"].tolist()
-    assert len(set(map(tuple, cases.values()))) == 3
-    assert all(sorted(case) == [0.0, 0.0, 0.0, 1.0] for case in cases.values())
+    first = copy.deepcopy(new)
+    first["model"]["model_dict"] = dict(sorted(new["model"]["model_dict"].items()))
+    assert list(first["model"]["model_dict"]) == ["bulk", "clusters", "copper"]
+    for content in (new, first):
+        trainer = Trainer(plan_of(content), tmp_path / "more", start=start, mode="off")
+        cases = {task: own["fitting_net.case_embd"].tolist() for task, own in trainer.weights.items()}
+        for task, own in source.weights.items():
+            assert cases[task] == own["fitting_net.case_embd"].tolist()
+        assert len(set(map(tuple, cases.values()))) == 3
+        assert all(sorted(case) == [0.0, 0.0, 0.0, 1.0] for case in cases.values())
 
 
 def test_a_fitting_net_that_starts_anew_has_the_bias_of_its_data(tmp_path: Path) -> None:

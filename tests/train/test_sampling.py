@@ -16,7 +16,14 @@ from mtinfer.errors import ConfigError, DataError
 from mtinfer.train.batch import make_batch
 from mtinfer.train.config import DataConfig
 from mtinfer.train.plan import Plan
-from mtinfer.train.sampling import Batches, Sampler, _batch_size, system_probabilities
+from mtinfer.train.sampling import (
+    Batches,
+    Sampler,
+    System,
+    _batch_size,
+    batches_per_epoch,
+    system_probabilities,
+)
 
 
 def sampler_of(plan: Plan, rank: int = 0, n_ranks: int = 1, drawn: list[list[int]] | None = None) -> Sampler:
@@ -109,6 +116,39 @@ def test_systems_are_weighted() -> None:
     assert probabilities("prob_sys_size;0:1:0.2;1:2:0.8") == pytest.approx([0.2, 0.8])
     assert probabilities("prob_sys_size; 0:1: .2; 1 : 2:8e-1") == pytest.approx([0.2, 0.8])
     assert probabilities("prob_uniform", (3.0, 1.0)) == [0.75, 0.25]
+
+
+def systems_of(*n_frames: int) -> list[System]:
+    """Systems of as many atoms, with one frame in a batch."""
+    return [
+        System(tuple(Frame(ase.Atoms("H"), None, None, None, "data", "data", k) for k in range(n)), 1)
+        for n in n_frames
+    ]
+
+
+def test_systems_of_a_block_share_its_weight_by_their_batches() -> None:
+    config = DataConfig(("",), 1, "prob_sys_size;0:2:0.5;2:4:0.3", None, "training_data")
+    found = system_probabilities(config, systems_of(1, 3, 6, 4))
+    assert found == pytest.approx(np.array([0.5 / 4, 1.5 / 4, 0.18, 0.12]) / 0.8)
+
+
+@pytest.mark.parametrize(
+    ("sys_probs", "n_steps"), [((0.5, 0.5, 0.0), 10), ((0.9, 0.1, 0.0), 20), ((1.0, 1.0, 1.0), 27)]
+)
+def test_an_epoch_is_as_long_as_the_system_that_takes_longest(
+    sys_probs: tuple[float, ...], n_steps: int
+) -> None:
+    systems = systems_of(5, 2, 9)
+    config = DataConfig(("",), 1, "prob_sys_size", sys_probs, "training_data")
+    assert batches_per_epoch(systems, system_probabilities(config, systems)) == n_steps
+
+
+def test_every_pass_over_a_system_has_an_order_of_its_own() -> None:
+    sampler = Sampler(7, [(systems_of(8), np.ones(1))], np.ones(1))
+    draws = [sampler.draw(step)[2] for step in range(32)]
+    passes = [tuple(draws[start : start + 8]) for start in range(0, 32, 8)]
+    assert [sorted(order) for order in passes] == [[(k,) for k in range(8)]] * 4
+    assert len(set(passes)) == 4
 
 
 def test_a_folder_of_systems_has_a_batch_size_for_each() -> None:

@@ -25,6 +25,8 @@ def test_exponential_schedule() -> None:
     # a period longer than the training is replaced
     assert _schedule(400).decay_steps == 5
     assert _schedule(2000).decay_steps == 100
+    assert _schedule(1000, decay_steps=1000).decay_steps == 11
+    assert _schedule(1000, decay_steps=999).decay_steps == 999
     assert _schedule(1000, decay_steps=10, decay_rate=0.1)(500) == 1e-5
     assert _schedule(1000, decay_steps=100, smooth=True)(50) == pytest.approx(1e-3 * 0.01**0.05, rel=1e-14)
 
@@ -53,6 +55,15 @@ def test_stable_and_decay_schedule(decay_type: str, halfway: float) -> None:
     schedule = _schedule(1000, type="wsd", decay_phase_ratio=0.2, decay_type=decay_type)
     assert schedule(0) == schedule(800) == 1e-3
     assert schedule(900) == pytest.approx(halfway)
+    assert schedule(1000) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(("ratio", "decay_from"), [(0.2, 800), (0.8, 500)])
+def test_the_last_phase_is_a_share_of_all_steps_and_ends_with_them(ratio: float, decay_from: int) -> None:
+    schedule = _schedule(1000, type="wsd", warmup_steps=500, decay_phase_ratio=ratio, decay_type="linear")
+    assert schedule(250) == 5e-4
+    assert schedule(500) == schedule(decay_from) == 1e-3
+    assert schedule((decay_from + 1000) // 2) == pytest.approx(5.05e-4)
     assert schedule(1000) == pytest.approx(1e-5)
 
 

@@ -212,6 +212,21 @@ def test_loss_and_errors_by_their_definition(intensive: bool) -> None:
     assert rmse == pytest.approx(np.sqrt(expected), rel=1e-12)
 
 
+def test_atoms_of_excluded_types_do_not_count() -> None:
+    content = shared_input("dpa1strip")
+    content["model"]["model_dict"]["clusters"]["atom_exclude_types"] = [0]
+    task = plan_of(content).tasks[0]
+    frames = [system.frames[0] for system in task.systems]
+    batch = make_batch(frames, task.model)
+    oxygen = torch.tensor([symbol == "O" for frame in frames for symbol in frame.atoms.symbols])
+    assert torch.equal(batch.counted, oxygen.to(torch.float64))
+    assert batch.n_atoms.tolist() == [frame.atoms.symbols.count("O") for frame in frames] == [1, 2, 3]
+    labels = task.config.loss.labels(batch, 1.0)
+    assert torch.equal(labels.force_weight > 0.0, oxygen)
+    errors = Errors.of(batch, batch.energy + batch.n_atoms, batch.forces + ~oxygen[:, None], batch.virial)
+    assert errors.rmse == (pytest.approx(1.0), 0.0, None)
+
+
 def test_missing_labels_have_no_weight() -> None:
     plan = plan_of(shared_input("dpa1strip"))
     labels = batch_and_labels(plan, 0)[1]

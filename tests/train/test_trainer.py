@@ -21,10 +21,13 @@ import mtinfer
 from mtinfer.checkpoint.archive import write
 from mtinfer.checkpoint.load import read
 from mtinfer.errors import CheckpointError, OutputError, PredictionWarning, TrainingError
+from mtinfer.train.batch import Batch, Labels
 from mtinfer.train.curves import COLUMNS, CURVE, LearningCurve, read_curve
+from mtinfer.train.loss import Errors
 from mtinfer.train.sampling import Batches
 from mtinfer.train.saving import RunState
 from mtinfer.train.starting import Start
+from mtinfer.train.step import TrainingStep
 from mtinfer.train.trainer import Trainer
 
 
@@ -444,6 +447,53 @@ def test_displays_take_turns_with_the_validation_batches(
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_steps_have_prefactors_of_their_rate_and_displays_the_errors_of_their_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = shared_input("dpa1strip", numb_steps=12, disp_freq=6, seed=1)
+    for data in given["training"]["data_dict"].values():
+        del data["validation_data"]
+    trainer = Trainer(plan_of(given), tmp_path, mode="off")
+    names = {id(own): name for name, own in trainer.weights.items()}
+    calls: list[tuple[str, Batch, Labels, Errors]] = []
+    called = TrainingStep.__call__
+
+    def noted(self: TrainingStep, batch: Batch, labels: Labels, weights: dict[str, torch.Tensor]) -> Any:
+        result = called(self, batch, labels, weights)
+        errors = Errors.of(batch, result.energy, result.forces, result.virial)
+        calls.append((names[id(weights)], batch, labels, errors))
+        return result
+
+    monkeypatch.setattr(TrainingStep, "__call__", noted)
+    trainer.run()
+    calls = calls[-12:]  # those before make graphs ready
+    schedule = trainer.plan.schedule
+    assert schedule(11) < 0.1 * schedule.start
+    for step, (name, batch, labels, _) in enumerate(calls):
+        loss = next(task.config.loss for task in trainer.plan.tasks if task.name == name)
+        for found, expected in zip(labels, loss.labels(batch, schedule(step) / schedule.start), strict=True):
+            assert torch.equal(found, expected)
+    for row in rows(tmp_path):
+        last = int(row["step"])
+        own = [errors for name, *_, errors in calls[last - 6 : last] if name == row["task"]]
+        total = sum(own, start=Errors.none()).rmse
+        assert total[1] is not None
+        for quantity, value in zip(("energy", "force", "virial"), total, strict=True):
+            assert row[f"rmse_{quantity}_train"] == ("" if value is None else f"{value:.6g}")
+
+
+@pytest.mark.parametrize(("name", "shrinks"), [("Adam", False), ("AdamW", True)])
+def test_only_adamw_shrinks_weights_by_their_decay(tmp_path: Path, name: str, shrinks: bool) -> None:
+    given = shared_input("dpa1strip")
+    given["optimizer"] = {"type": name, "weight_decay": 0.5}
+    trainer = Trainer(plan_of(given), tmp_path, mode="off")
+    before = {label: weight.clone() for label, weight in trainer.parameters.items()}
+    trainer.optimizer.update({label: torch.zeros_like(weight) for label, weight in before.items()}, 0.1)
+    shrunk = [torch.allclose(w, 0.95 * before[label], rtol=1e-12) for label, w in trainer.parameters.items()]
+    assert all(shrunk) == shrinks
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_training_lowers_the_error(tmp_path: Path) -> None:
     trained(tmp_path, 60, disp_freq=30, save_freq=1000)
     first, last = (
@@ -612,6 +662,10 @@ def preset_bias(given: dict[str, Any]) -> None:
     given["model"]["model_dict"]["copper"]["preset_out_bias"] = {"energy": [1.0, 2.0, 3.0]}
 
 
+def excluded_atoms(given: dict[str, Any]) -> None:
+    given["model"]["model_dict"]["copper"]["atom_exclude_types"] = [0]
+
+
 def fewer_systems(given: dict[str, Any]) -> None:
     given["training"]["data_dict"]["clusters"]["training_data"]["systems"].pop()
 
@@ -638,6 +692,7 @@ def shared_fitting(given: dict[str, Any]) -> None:
             "clusters.descriptor.type was 'se_atten', and is 'se_e2_a' in the input",
         ),
         (preset_bias, "copper.preset_out_bias was None, and is {'energy': [1.0, 2.0, 3.0]} in the input"),
+        (excluded_atoms, "copper.atom_exclude_types was [], and is [0] in the input"),
         (fewer_systems, "task 'clusters' had 3 systems, and has 2 in the input"),
         (separate_descriptors, "it trained 23 weights, and the input trains 32"),
         (
