@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,33 @@ def test_open_structure_has_no_stress(potential: Potential) -> None:
         potential.evaluate(atoms, head="clusters").stress(0.0)
 
 
+@pytest.mark.parametrize(
+    ("pbc", "n_vectors", "has_stress"),
+    [
+        ((False, False, False), 3, False),
+        ((True, True, False), 2, False),
+        ((True, True, False), 3, True),
+        ((True, True, True), 3, True),
+    ],
+    ids=["molecule in a box", "slab", "slab in a box", "bulk"],
+)
+def test_stress_needs_a_volume_and_a_periodic_axis(
+    potential: Potential, pbc: tuple[bool, ...], n_vectors: int, has_stress: bool
+) -> None:
+    atoms = copper()
+    atoms.pbc = pbc
+    atoms.cell[n_vectors:] = 0
+    atoms.calc = MTCalculator(potential, head="copper")
+    atoms.get_forces()
+    assert ("stress" in atoms.calc.results) == has_stress
+    if has_stress:
+        virial = atoms.calc.results["virial"]
+        assert np.allclose(atoms.get_stress(voigt=False), -virial / atoms.get_volume(), rtol=0, atol=1e-11)
+    else:
+        with pytest.raises(PropertyNotImplementedError, match="stress needs a periodic structure with a vol"):
+            atoms.get_stress()
+
+
 def test_when_to_compile_is_chosen_later_as_well() -> None:
     potential = mtinfer.load(DATA / "variants/checkpoints/sea4-pt.pt", device="cpu")
     potential.compile(False)
@@ -222,6 +250,48 @@ def test_parameters_of_a_structure_count_as_a_change(eager: Callable[..., Potent
     after = atoms.get_potential_energy()
     assert after != before
     assert after == pytest.approx(potential.evaluate(atoms, "water", fparam=[0.4]).energy, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("reference/variants/checkpoints/dpa1n-pt.pt", "aparam"),
+        ("variants/checkpoints/dpa3z-pt.pt", "charge"),
+        ("variants/checkpoints/dpa3z-pt.pt", "spin"),
+    ],
+)
+def test_every_parameter_of_a_structure_counts_as_a_change(
+    eager: Callable[..., Potential], name: str, key: str
+) -> None:
+    potential = eager(DATA / name)
+    model = potential.head("water").model
+    atoms = ase.build.molecule("H2O")
+    atoms.info |= {"fparam": np.full(model.fitting.numb_fparam, 0.1), "charge": 0, "spin": 1}
+    atoms.arrays["aparam"] = np.full((3, model.fitting.numb_aparam), 0.2)
+    atoms.calc = MTCalculator(potential, head="water")
+    before = atoms.get_potential_energy()
+    assert atoms.calc.check_state(atoms) == []
+    if key == "aparam":
+        atoms.arrays["aparam"][1] = 1.5
+    else:
+        atoms.info[key] += 2
+    after = potential.evaluate(atoms, "water").energy
+    assert abs(after - before) > 1e-6
+    assert atoms.get_potential_energy() == pytest.approx(after, abs=1e-10)
+
+
+def test_a_head_that_a_type_dict_does_not_fit_is_refused(potential: Potential) -> None:
+    water = potential.head("water")
+    other = replace(water, name="other", model=replace(water.model, type_map=("O", "H", "Cu")))
+    both = Potential({"water": water, "other": other}, {}, potential.device)
+    atoms = ase.build.molecule("H2O")
+    atoms.calc = MTCalculator(both, head="water", type_dict={"H": 0, "O": 1})
+    energy = atoms.get_potential_energy()
+    with pytest.raises(MtinferError, match="maps H to 0, which is O in the type map of head 'other'; leave"):
+        atoms.calc.head = "other"
+    assert atoms.calc.head == "water"
+    assert atoms.calc.check_state(atoms) == []
+    assert atoms.calc.results["energy"] == energy
 
 
 def test_keywords_of_deepmd_kit_scripts(potential: Potential) -> None:

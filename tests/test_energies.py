@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import ase
 import numpy as np
 import pytest
 import torch
+from ase.build import bulk, molecule
 from reference_files import DATA, SE_E2_A, SHARED, STRIP, expected
 
 import mtinfer
 from mtinfer.errors import PredictionWarning, StructureError, UnknownHeadError
+from mtinfer.random_checkpoint import write_random_checkpoint
 
 DPA2 = DATA / "reference/checkpoints/dpa2-separate-pt.pt"
 DPA3 = DATA / "reference/checkpoints/dpa3-shared-pt.pt"
@@ -115,6 +119,62 @@ def test_heads_whose_descriptors_differ_are_not_mixed() -> None:
     changed[name] = changed[name] + 1e-3
     object.__setattr__(state, "weights", (tuple(changed[name] for name in state.weight_names),))
     require_energies(potential, STRIP)
+
+
+def test_heads_of_one_descriptor_read_parameters_of_their_own(
+    tmp_path: Path,
+) -> None:
+    descriptor = {"type": "se_atten", "rcut": 4.0, "rcut_smth": 1.0, "sel": 20, "attn_layer": 0}
+    descriptor |= {"neuron": [4, 8], "axis_neuron": 4}
+    fittings: dict[str, dict[str, object]] = {
+        "none": {},
+        "low": {"numb_fparam": 1, "default_fparam": [-1.0]},
+        "high": {"numb_fparam": 1, "default_fparam": [1.0]},
+        "two": {"numb_fparam": 2, "default_fparam": [0.5, 0.2]},
+        "atomic": {"numb_aparam": 1},
+    }
+    states = {}
+    for head, fitting in fittings.items():
+        config = {"type_map": ["O", "H"], "descriptor": descriptor}
+        config["fitting_net"] = {"type": "ener", "neuron": [8], **fitting}
+        write_random_checkpoint(tmp_path / f"{head}.pt", config, heads=(head,), dialect="pt_expt")
+        states[head] = mtinfer.load(tmp_path / f"{head}.pt", device="cpu", compile=False).head(head)
+    structures = [molecule("H2O"), molecule("H2")]
+    for atoms in structures:
+        atoms.arrays["aparam"] = np.linspace(0.1, 0.9, len(atoms))[:, None]
+    for order in (list(states), list(states)[::-1]):
+        potential = mtinfer.Potential({head: states[head] for head in order}, {}, torch.device("cpu"))
+        assert len(potential._values.families(states.values())) == 1
+        energies = potential.energies(structures)
+        for head in order:
+            expected = [prediction.energy for prediction in potential.evaluate(structures, head)]
+            np.testing.assert_allclose(energies[head], expected, rtol=0, atol=1e-10)
+    assert np.abs(energies["low"] - energies["high"]).min() > 1e-6
+
+
+@pytest.mark.filterwarnings(f"always::{PredictionWarning.__module__}.PredictionWarning")
+def test_every_head_warns_of_elements_that_it_never_saw() -> None:
+    atoms = bulk("Cu", cubic=True)
+    ways: tuple[Callable[[mtinfer.Potential], object], ...] = (
+        lambda potential: [potential.energies(atoms) for _ in range(2)],
+        lambda potential: [potential.evaluate(atoms, head) for head in 2 * potential.heads],
+    )
+    for way in ways:
+        potential = mtinfer.load(STRIP, device="cpu", compile=False)
+        with pytest.warns(PredictionWarning) as caught:
+            way(potential)
+        texts = [str(warning.message).partition(" in training")[0] for warning in caught]
+        assert texts == [f"head {head!r} never saw Cu" for head in ("water", "clusters")]
+
+
+def test_the_type_map_of_all_heads_is_what_each_of_them_knows() -> None:
+    potential = mtinfer.load(STRIP, device="cpu", compile=False)
+    maps = {"water": ("H", "O", "Cu"), "clusters": ("O", "H"), "copper": ("Cu", "O")}
+    states = {
+        head: replace(potential.head(head), model=replace(potential.head(head).model, type_map=type_map))
+        for head, type_map in maps.items()
+    }
+    assert mtinfer.Potential(states, {}, potential.device).type_map == ("O",)
 
 
 def test_no_structures_and_unknown_heads() -> None:

@@ -190,6 +190,15 @@ def test_graph_inputs_concatenate_and_cut() -> None:
     require_same_pairs(in_order([(float(i), float(j), *d) for i, j, d in rows]), in_order(expected))
 
 
+def test_pairs_just_outside_of_the_cutoff_are_no_inputs() -> None:
+    atoms = ase.Atoms("O4", [[0, 0, 0], [3 * (1 - 1e-12), 0, 0], [0, 3 * (1 + 1e-9), 0], [0, 0, 3.015]])
+    no_numbers = torch.zeros(1, 0, dtype=torch.float64)
+    parameters = {"fparam": no_numbers, "aparam": no_numbers[[0] * 4], "charge_spin": no_numbers}
+    types = [np.zeros(4, dtype=np.int64)]
+    inputs = graph_inputs([atoms], [find_candidates(atoms, 5.0)], types, 3.0, **parameters)
+    assert list(zip(inputs.centers.tolist(), inputs.neighbors.tolist(), strict=True)) == [(0, 1), (1, 0)]
+
+
 def require_complete(verlet: VerletList, atoms: ase.Atoms) -> None:
     """Compare the pairs within the cutoff with those of a new search."""
     new = find_candidates(atoms, verlet.rcut)

@@ -65,7 +65,7 @@ def test_parameters_are_not_rearranged() -> None:
 
 def test_missing_atomic_parameters(eager: Callable[..., Potential]) -> None:
     potential = eager(READER)
-    with pytest.raises(StructureError, match=r'set atoms\.arrays\["aparam"\], or pass aparam='):
+    with pytest.raises(StructureError, match=r'set atoms\.arrays\["aparam"\], in files .*, or pass aparam='):
         potential.evaluate(structure(), potential.heads[0])
 
 
@@ -84,6 +84,27 @@ def test_atomic_parameters_of_several_structures(eager: Callable[..., Potential]
     potential = eager(READER)
     with pytest.raises(StructureError, match="is for a single structure"):
         potential.evaluate([structure(), structure()], potential.heads[0], aparam=[[0.1]] * 3)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("given", [{"fparam": [0.3]}, {"charge_spin": [1, 2]}], ids=["fparam", "charge_spin"])
+def test_parameters_that_are_passed_go_before_those_of_the_structures(
+    eager: Callable[..., Potential], given: dict[str, Any]
+) -> None:
+    """For one structure and for several, whatever each of them has in `info`."""
+    potential = eager(DATA / "variants/checkpoints/dpa3z-pt.pt")
+    structures = [structure(), molecule("H2O2"), structure()]
+    for k, atoms in enumerate(structures):
+        atoms.info |= {"fparam": [0.1 * k], "charge": -k, "spin": k}
+    own = [potential.evaluate(atoms, "ice").energy for atoms in structures]
+    singles = [potential.evaluate(atoms, "ice", **given).energy for atoms in structures]
+    together = [prediction.energy for prediction in potential.evaluate(structures, "ice", **given)]
+    np.testing.assert_allclose(together, singles, rtol=0, atol=1e-10)
+    assert np.abs(np.subtract(own, singles)).min() > 1e-6
+    for atoms in structures:
+        charge, spin = given.get("charge_spin", (atoms.info["charge"], atoms.info["spin"]))
+        atoms.info |= {"charge": charge, "spin": spin, "fparam": given.get("fparam", atoms.info["fparam"])}
+    written = [prediction.energy for prediction in potential.evaluate(structures, "ice")]
+    np.testing.assert_allclose(written, singles, rtol=0, atol=1e-10)
 
 
 def hybrid(*defaults: list[float]) -> dict[str, Any]:

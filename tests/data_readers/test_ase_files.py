@@ -44,6 +44,14 @@ def test_formats_that_ase_reads(tmp_path: Path, name: str) -> None:
     np.testing.assert_allclose(frames[1].virial, expected, rtol=1e-14)
 
 
+def test_stress_becomes_a_virial_in_a_left_handed_cell_and_is_symmetrised(tmp_path: Path) -> None:
+    atoms = Atoms("Cu", cell=[[0, 3, 0], [2, 0, 0], [0, 0, 4]], pbc=True)
+    atoms.calc = SinglePointCalculator(atoms, stress=np.arange(9.0).reshape(3, 3))
+    ase.io.write(tmp_path / "a.traj", atoms)
+    (frame,) = read_frames([tmp_path / "a.traj"])
+    np.testing.assert_allclose(frame.virial, [[0, -48, -96], [-48, -96, -144], [-96, -144, -192]], rtol=1e-14)
+
+
 @pytest.mark.parametrize("key", ["virial", "virials"])
 def test_labels_under_other_keys_are_taken_out_of_the_structure(tmp_path: Path, key: str) -> None:
     path = write(tmp_path / "a.xyz", f'{CELL}energy=-2 {key}="{SYMMETRIC}" fparam="0.1 0.7"', forces="force")

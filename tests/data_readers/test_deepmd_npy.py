@@ -86,6 +86,13 @@ def test_type_map_of_the_model_stands_in(cluster: Path) -> None:
         read_frames([cluster])
 
 
+def test_type_map_of_the_system_goes_before_that_of_the_model(cluster: Path) -> None:
+    symbols = [frame.atoms.get_chemical_symbols() for frame in read_frames([cluster])]
+    names = (cluster / "type_map.raw").read_text().split()
+    again = read_frames([cluster], type_map=names[::-1])
+    assert [frame.atoms.get_chemical_symbols() for frame in again] == symbols
+
+
 def test_nopbc_leaves_the_box_out(copper: Path) -> None:
     (copper / "nopbc").touch()
     frame = read_frames([copper])[0]
@@ -188,6 +195,18 @@ def save_ragged(path: Path) -> None:
             lambda d: np.save(d / "set.000" / "real_atom_types.npy", np.full((2, 32), 0.5)),
             r"real_atom_types\.npy: has shape \(2, 32\) and type float64, expected integers of shape",
         ),
+        *[
+            (
+                lambda d, n=n: np.save(d / "set.000" / "real_atom_types.npy", np.full((n, 32), 2)),
+                rf"real_atom_types\.npy: has shape \({n}, 32\) .*expected integers of shape \(2, atoms per",
+            )
+            for n in (1, 3)
+        ],
+        (
+            lambda d: np.save(d / "set.000" / "real_atom_types.npy", np.full((2, 32), [-2] + [2] * 31)),
+            r"real_atom_types\.npy: type index -2 is out of the type map H O Cu, allowed are 0 to 2",
+        ),
+        (lambda d: (d / "type.raw").write_text("-2 " + "2 " * 31), r"type\.raw: type index -2 is out of"),
         (
             lambda d: edit(d / "set.000" / "energy.npy", lambda energy: energy * [1, np.nan]),
             r"copper, frame 1: energy holds NaN or infinity",

@@ -2,12 +2,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import ase.io
 import numpy as np
 import pytest
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.stress import full_3x3_to_voigt_6_stress
 from toy_potential import harmonic, labelled, random_atoms
 
+from mtinfer.data import read_frames
 from mtinfer.evaluate import ErrorAccumulator, Score
+from mtinfer.evaluate.metrics import SCORED, VIRIAL_PER_ATOM
 
 
 def by_quantity(scores: tuple[Score, ...], dataset: str | None = "data") -> dict[str, Score]:
@@ -53,13 +60,33 @@ def test_only_labels_that_exist_are_scored() -> None:
     assert {score.quantity: score.n for score in errors.scores()} == counts
 
 
-def test_stress_needs_a_volume() -> None:
-    wire = random_atoms(4)
-    wire.cell[1:] = 0
-    wire.pbc = [True, False, False]
+@pytest.mark.parametrize("n_vectors", [1, 2])
+def test_stress_needs_a_volume(n_vectors: int) -> None:
+    atoms = random_atoms(4)
+    atoms.cell[n_vectors:] = 0
+    atoms.pbc = [k < n_vectors for k in range(3)]
     errors = ErrorAccumulator()
-    errors.add("a", labelled(wire, labels="virial"), harmonic(wire, 1.0))
+    errors.add("a", labelled(atoms, labels="virial"), harmonic(atoms, 1.0))
     assert [score.quantity for score in errors.scores()] == ["virial"]
+
+
+def test_stress_is_that_of_ase_and_virials_are_divided_by_atoms(tmp_path: Path) -> None:
+    atoms = bulk("Cu", a=3.8, cubic=True)
+    atoms.rattle(0.1, seed=1)
+    atoms.calc = EMT()
+    expected = atoms.get_stress()
+    assert expected[0] > 0.01  # it is stretched
+    ase.io.write(tmp_path / "copper.traj", atoms)
+    (frame,) = read_frames([tmp_path / "copper.traj"])
+    prediction = replace(harmonic(atoms, 1.0), virial=3 * frame.virial)
+    of_stress = next(quantity for quantity in SCORED if quantity.name == "stress").pair(frame, prediction)
+    per_atom = VIRIAL_PER_ATOM.pair(frame, prediction)
+    for factor, stress, virial in zip((1, 3), of_stress, per_atom, strict=True):
+        np.testing.assert_allclose(
+            full_3x3_to_voigt_6_stress(stress.reshape(3, 3)), factor * expected, rtol=1e-12
+        )
+        np.testing.assert_allclose(virial, factor * frame.virial.ravel() / 4, rtol=1e-12)
+    np.testing.assert_allclose(prediction.stress(atoms.get_volume()), 3 * expected, rtol=1e-12)
 
 
 def test_all_datasets_together_count_every_label_alike() -> None:

@@ -115,6 +115,19 @@ def test_heads_and_datasets_are_told_apart(tmp_path: Path) -> None:
     assert " to " in figure.axes[1].get_legend().get_title().get_text()
 
 
+def test_every_series_shows_the_points_of_its_own_dataset(tmp_path: Path) -> None:
+    """As many series as there are looks, and one more."""
+    data = [labelled(random_atoms(n, seed=n), dataset=f"{n}", labels="forces") for n in range(1, 7)]
+    stiffness = dict(zip("abcdef", range(2, 8), strict=True))
+    evaluation = evaluate_frames(Harmonic(stiffness), list(stiffness), data)
+    (axes,) = drawn(evaluation, tmp_path / "parity.png").axes
+    lines = axes.lines[1:]
+    shown = sorted((line.get_xdata().tolist(), line.get_ydata().tolist()) for line in lines)
+    forces = [frame.forces.ravel() for frame in data]
+    assert shown == sorted((f.tolist(), (f * k).tolist()) for f in forces for k in stiffness.values())
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 35
+
+
 def test_many_points_are_thinned_but_not_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "_MAX_POINTS", 50)
     monkeypatch.setattr(plots, "_WORST_POINTS", 5)

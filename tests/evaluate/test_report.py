@@ -165,6 +165,30 @@ def test_predictions(evaluation: Evaluation, tmp_path: Path, name: str) -> None:
     np.testing.assert_allclose(again[0].virial, prediction.virial, **close)
 
 
+@pytest.mark.parametrize(
+    ("pbc", "n_vectors", "has_stress"),
+    [((True, True, False), 3, True), ((True, True, False), 2, False), ((True, False, False), 1, False)],
+    ids=["slab in a box", "slab", "wire"],
+)
+def test_predictions_of_what_is_periodic_along_some_axes(
+    tmp_path: Path, pbc: tuple[bool, ...], n_vectors: int, has_stress: bool
+) -> None:
+    atoms = random_atoms(4)
+    atoms.pbc = pbc
+    atoms.cell[n_vectors:] = 0
+    evaluation = evaluate_frames(Harmonic({"a": 2.0}), ["a"], [labelled(atoms)])
+    write_predictions(tmp_path / "out.xyz", evaluation)
+    image = ase.io.read(tmp_path / "out.xyz")
+    assert image.pbc.tolist() == list(pbc)
+    virial = evaluation.predictions["a"][0].virial
+    np.testing.assert_allclose(image.info["virial"], virial, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(image.info["ref_virial"], virial / 2, rtol=0, atol=1e-7)
+    assert ("stress" in image.calc.results, "ref_stress" in image.info) == (has_stress, has_stress)
+    if has_stress:
+        np.testing.assert_allclose(image.info["ref_stress"], -virial / 48, rtol=0, atol=1e-7)
+        np.testing.assert_allclose(image.get_stress(voigt=False), -virial / 24, rtol=0, atol=1e-7)
+
+
 def test_outputs_that_can_not_be_written(
     evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
