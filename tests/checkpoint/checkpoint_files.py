@@ -39,3 +39,15 @@ def rename_heads(content: Content, names: dict[str, str]) -> None:
         level, head, rest = key.split(".", 2)
         tensor = model.pop(key)
         model[f"{level}.{names.get(head, head)}.{rest}"] = tensor
+
+
+def single_task(content: Content, head: str, prefix: str) -> Content:
+    model = content["model"]
+    params = model["_extra_state"]["model_params"]
+    renamed = {
+        prefix + key.removeprefix(f"model.{head}."): tensor
+        for key, tensor in model.items()
+        if key.startswith(f"model.{head}.")
+    }
+    extra = {**model["_extra_state"], "model_params": params["model_dict"][head]}
+    return {"model": {**renamed, "_extra_state": extra}, "optimizer": {}}

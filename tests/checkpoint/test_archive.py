@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,18 @@ def test_copies_with_equal_numbers_are_stored_once(changed: Writer, tmp_path: Pa
     archive.write(read(changed(SEPARATE, change)), tmp_path / "b.safetensors")
     a, b = (load_file(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
     assert a.keys() == b.keys()
+
+
+def test_weights_that_begin_at_one_address_are_different(tmp_path: Path) -> None:
+    source, target = read(SEPARATE), tmp_path / "model.safetensors"
+    weights = source.heads["water"].weights
+    layer = "fitting_net.nets.0.layers.1"
+    row = weights[f"{layer}.w"][0]
+    head = replace(source.heads["water"], weights=weights | {f"{layer}.b": row})
+    archive.write(replace(source, heads={"water": head}), target, dtype="float32")
+    got = read(target).heads["water"].weights
+    assert torch.equal(got[f"{layer}.b"], row.float())
+    assert torch.equal(got[f"{layer}.w"], weights[f"{layer}.w"].float())
 
 
 def test_same_input_same_bytes(converted: Path, tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ from checkpoint_files import (
     file_id,
     head_configs,
     rename_heads,
+    single_task,
 )
 
+from mtinfer.checkpoint import archive
 from mtinfer.checkpoint.load import Checkpoint, HeadRecord, check_weights, read
 from mtinfer.errors import CheckpointError, UnknownHeadError, UnsupportedModelError
 from mtinfer.inputs import ParameterSpec
@@ -112,6 +114,33 @@ def test_shared_tensors_share_memory_and_others_do_not() -> None:
         assert (water[name].data_ptr() == clusters[name].data_ptr()) == name.startswith("descriptor."), name
 
 
+def test_views_of_one_memory_are_different_weights(changed: Writer, tmp_path: Path) -> None:
+    key = "model.{}.atomic_model.fitting_net.filter_layers.{}.0.layers.{}"
+
+    def change(content: Content) -> None:
+        model = content["model"]
+        square = model[key.format("water", "networks", "1.matrix")]
+        for copies in ("networks", "_networks"):
+            model[key.format("copper", copies, "1.matrix")] = square.T
+            model[key.format("copper", copies, "1.bias")] = square[0]
+            model[key.format("copper", copies, "3.bias")] = square[0, :1]
+            model[key.format("copper", copies, "2.matrix")] = square.view(24, 24)
+
+    path, converted = changed(SEPARATE, change), tmp_path / "model.safetensors"
+    archive.write(read(path), converted)
+    square = torch.load(path, weights_only=True)["model"][key.format("water", "networks", "1.matrix")]
+    assert not torch.equal(square, square.T)
+    for file in (path, converted):
+        heads = read(file).heads
+        water, copper = heads["water"].weights, heads["copper"].weights
+        layers = "fitting_net.nets.0.layers"
+        assert torch.equal(water[f"{layers}.1.w"], square)
+        assert torch.equal(copper[f"{layers}.1.w"], square.T)
+        assert torch.equal(copper[f"{layers}.1.b"], square[0])
+        assert torch.equal(copper[f"{layers}.3.b"], square[0, :1])
+        assert copper[f"{layers}.2.w"].data_ptr() == water[f"{layers}.1.w"].data_ptr()
+
+
 def test_the_file_may_be_overwritten_after_reading(tmp_path: Path) -> None:
     path = shutil.copy(SEPARATE, tmp_path / "model.pt")
     checkpoint = read(path)
@@ -180,18 +209,6 @@ def test_names_that_begin_alike(changed: Writer, order: tuple[str, str]) -> None
 
 
 # --- other layouts ------------------------------------------------------------------------------------------
-
-
-def single_task(content: Content, head: str, prefix: str) -> Content:
-    model = content["model"]
-    params = model["_extra_state"]["model_params"]
-    renamed = {
-        prefix + key.removeprefix(f"model.{head}."): tensor
-        for key, tensor in model.items()
-        if key.startswith(f"model.{head}.")
-    }
-    extra = {**model["_extra_state"], "model_params": params["model_dict"][head]}
-    return {"model": {**renamed, "_extra_state": extra}, "optimizer": {}}
 
 
 @pytest.mark.parametrize("prefix", ["model.Default.", "model."])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import ase
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import DATA, SEPARATE, SHARED, file_id, rename_heads, single_task
 
 import mtinfer
 from mtinfer.checkpoint.load import read
 from mtinfer.checkpoint.writer import convert, write_content
 from mtinfer.descriptor_kinds import DESCRIPTOR_TYPES, KINDS, kind_of
+from mtinfer.errors import OutputError, UnsupportedModelError
 from mtinfer.models.energy import _DESCRIPTORS
 from mtinfer.random_checkpoint import write_random_checkpoint
 
@@ -64,6 +68,9 @@ DESCRIPTORS: dict[str, Config] = {
     "hybrid-dpa1": hybrid(SE_A, DPA1),
     "hybrid-all": hybrid(DPA2, DPA3, DPA1 | {"type": "se_atten_v2"}, SE_A, SE_A | {"sel": [3, 9, 5]}),
 }
+VARIANTS = DATA / "variants/checkpoints"
+#: each head leaves out types of its own, and `ice` shares the fitting net of `water`
+OWN_MASK = VARIANTS / "v2-ptexpt.pt"
 #: the neighbour list changes when a file of this dialect is converted
 CHANGED = [("v2", "pt"), ("v2", "pt_expt"), ("dpa1", "pt_expt"), ("dpa2", "pt_expt")]
 #: the shorter lists change with them where pairs are excluded, in either direction
@@ -158,3 +165,109 @@ def test_the_same_content_gives_the_same_file(tmp_path: Path) -> None:
     for name in ("one.pt", "other.pt"):
         write_content(tmp_path / name, {"model": {"w": torch.arange(3.0)}})
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "other.pt").read_bytes()
+
+
+# --- what a file of pt_expt holds besides weights -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", OTHER)
+@pytest.mark.parametrize(
+    ("head", "atoms", "pairs", "fitting"),
+    [
+        ({}, None, None, [1, 1, 1]),
+        # H-O, either way round, in a table of four by four: three types and what no type is
+        (
+            {"atom_exclude_types": [1], "pair_exclude_types": [[0, 1]]},
+            [1, 0, 1],
+            [1, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+            [1, 0, 1],
+        ),
+    ],
+    ids=["nothing-excluded", "excluded"],
+)
+def test_masks_are_0_where_something_is_excluded(
+    tmp_path: Path,
+    source: str,
+    head: Config,
+    atoms: list[int] | None,
+    pairs: list[int] | None,
+    fitting: list[int],
+) -> None:
+    paths, _ = converted(tmp_path, DPA1 | {"exclude_types": [[2, 0]]}, source, **head)
+    masks = {
+        key.removeprefix("model.water.atomic_model."): (tensor.dtype, tensor.tolist())
+        for key, tensor in stored(paths[source == "pt"]).items()
+        if "mask" in key
+    }
+    expected = {
+        "fitting_net.emask.type_mask": fitting,
+        "descriptor.se_atten.emask.type_mask": [1, 1, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1],
+    }
+    if atoms and pairs:
+        expected |= {"atom_excl.type_mask": atoms, "pair_excl.type_mask": pairs}
+    assert masks == {key: (torch.int32, mask) for key, mask in expected.items()}
+
+
+@pytest.mark.parametrize(
+    "path", [OWN_MASK, VARIANTS / "dpa2x-ptexpt.pt", DATA / "checkpoints/hybrid-ptexpt.pt"], ids=file_id
+)
+def test_masks_are_those_of_deepmd_kit(tmp_path: Path, path: Path) -> None:
+    convert(read(path), tmp_path / "again.pt", "pt_expt")
+    given, again = (
+        {key: (tensor.dtype, tensor.tolist()) for key, tensor in stored(file).items() if "mask" in key}
+        for file in (path, tmp_path / "again.pt")
+    )
+    assert again == given
+    assert any(0 in mask for _, mask in given.values())
+
+
+def test_types_that_a_fitting_net_alone_leaves_out_can_not_be_written_for_pt(tmp_path: Path) -> None:
+    source, target = read(OWN_MASK), tmp_path / "model.pt"
+    for heads in (None, ["ice"]):
+        with pytest.raises(UnsupportedModelError, match=r"head 'ice': its fitting net leaves out .*\[1\]"):
+            convert(source, target, "pt", heads=heads)
+        assert not target.exists()
+    written, _ = convert(source, target, "pt", heads=["water"])
+    assert written == ("water",)
+    convert(source, target, "pt_expt", heads=["ice"], force=True)
+    masks = stored(target)
+    # trained with the mask of `water`, whose fitting net it shares
+    assert masks["model.ice.atomic_model.fitting_net.emask.type_mask"].tolist() == [1, 0, 1]
+    assert masks["model.ice.atomic_model.atom_excl.type_mask"].tolist() == [0, 1, 0]
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dialect", OTHER)
+def test_the_checkpoint_itself_is_never_replaced(tmp_path: Path, dialect: str) -> None:
+    source = Path(shutil.copy(SEPARATE, tmp_path / "model.pt"))
+    link, hard_link = tmp_path / "newest.pt", tmp_path / "same.pt"
+    link.symlink_to(source)
+    hard_link.hardlink_to(source)
+    for checkpoint, target in [(source, source), (source, link), (link, source), (source, hard_link)]:
+        with pytest.raises(OutputError, match="is the file to convert and is not replaced"):
+            convert(read(checkpoint), target, dialect, force=True)
+    assert source.read_bytes() == SEPARATE.read_bytes()
+
+
+def test_a_head_of_several_stays_one_of_several_whatever_its_name(
+    changed: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = changed(SHARED, lambda content: rename_heads(content, {"water": "Default"}))
+    for heads in (["Default"], None):
+        convert(read(source), tmp_path / "model.pt", "pt_expt", heads=heads, force=True)
+        written = torch.load(tmp_path / "model.pt", weights_only=True)["model"]["_extra_state"]
+        assert list(written["model_params"]["model_dict"]) == (heads or ["Default", "copper"])
+
+
+@pytest.mark.parametrize("dialect", OTHER)
+def test_the_file_of_a_single_task_stays_one(
+    changed: Callable[..., Path], tmp_path: Path, dialect: str
+) -> None:
+    source = changed(SEPARATE, lambda content: single_task(content, "copper", "model.Default."))
+    convert(read(source), tmp_path / "model.pt", dialect)
+    written = torch.load(tmp_path / "model.pt", weights_only=True)["model"]["_extra_state"]
+    assert written["model_params"]["type_map"] == TYPE_MAP
+    assert "model_dict" not in written["model_params"]
+    assert list(read(tmp_path / "model.pt").heads) == ["Default"]

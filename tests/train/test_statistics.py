@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from tiny_inputs import FITTING, FRAMES, SYSTEMS, plan_of, shared_input
+from tiny_inputs import DESCRIPTORS, FITTING, FRAMES, SYSTEMS, plan_of, shared_input, training_input
 from torch import Tensor
 
 from mtinfer.checkpoint.dialects import canonical_name
@@ -86,6 +86,29 @@ def test_a_head_that_is_never_drawn_counts_for_no_other() -> None:
             torch.testing.assert_close(weights[head][full], expected[full])
 
 
+def test_heads_that_share_the_type_embedding_alone_have_statistics_of_their_own_data() -> None:
+    fittings = dict.fromkeys(SYSTEMS, FITTING)
+    linked = _statistics(plan_of(training_input({"clusters": "desc", "copper": "desc:1"}, fittings)))
+    alone = _statistics(plan_of(training_input(dict.fromkeys(SYSTEMS, DESCRIPTORS["dpa1strip"]), fittings)))
+    name = "descriptor.se_atten.stddev"
+    for head in SYSTEMS:
+        assert torch.equal(linked[head][name], alone[head][name])
+    assert not torch.allclose(linked["clusters"][name], linked["copper"][name])
+
+
+@pytest.mark.parametrize("zero", [{"repinit"}, {"repformer"}])
+def test_each_block_of_dpa2_has_a_mean_of_zero_by_its_own_option(zero: set[str]) -> None:
+    content = shared_input("dpa2")
+    descriptor = content["model"]["shared_dict"]["desc"]
+    descriptor["repinit"] |= {"use_three_body": True, "three_body_sel": 10, "three_body_rcut": 3.0}
+    for part in ("repinit", "repformer"):
+        descriptor[part]["set_davg_zero"] = part in zero
+    weights = _statistics(plan_of(content))["copper"]
+    blocks = {"repinit": "repinit", "repinit_three_body": "repinit", "repformers": "repformer"}
+    for block, part in blocks.items():
+        assert bool(weights[f"descriptor.{block}.mean"].any()) == (part not in zero), block
+
+
 @pytest.mark.parametrize(
     ("n_frames", "batch_size", "n_batches", "pt", "pt_expt"),
     [
@@ -138,6 +161,17 @@ def test_a_preset_energy_bias_is_kept() -> None:
     bias, _ = energy_bias(frames, ["H", "O"], {"energy": [None, -2.0]})
     assert bias[0, 1, 0] == -2.0
     assert bias[0, 0, 0] == pytest.approx((2 * -2.0 + 4 * -4.5) / 20)
+
+
+def test_a_preset_energy_bias_is_that_of_the_new_model() -> None:
+    content = shared_input("dpa1strip")
+    free = _statistics(plan_of(content))
+    content["model"]["model_dict"]["clusters"]["preset_out_bias"] = {"energy": [None, -10.0, None]}
+    weights = _statistics(plan_of(content))
+    bias, of_data = (own["clusters"]["out_bias"].flatten() for own in (weights, free))
+    assert float(bias[1]) == -10.0
+    assert [abs(float(change)) > 0.1 for change in bias - of_data] == [True, True, False]
+    assert torch.equal(weights["copper"]["out_bias"], free["copper"]["out_bias"])
 
 
 def test_atoms_of_excluded_types_take_no_energy() -> None:

@@ -524,14 +524,22 @@ def test_parameters_of_tasks_not_drawn_are_not_stepped(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_frozen_descriptor_stays(tmp_path: Path) -> None:
-    given = shared_input("dpa1strip")
+def test_frozen_parts_stay(tmp_path: Path) -> None:
+    given = shared_input("dpa1strip", numb_steps=8)
     given["model"]["shared_dict"]["desc"]["trainable"] = False
+    given["model"]["model_dict"]["copper"]["fitting_net"]["trainable"] = False
     trainer = Trainer(plan_of(given), tmp_path, mode="off")
-    assert not any("/descriptor." in label for label in trainer.parameters)
-    before = trainer.weights["copper"]["descriptor.se_atten.embeddings.0.layers.0.w"].clone()
+    assert {label.partition(".")[0] for label in trainer.parameters} == {"clusters/fitting_net"}
+    before = {
+        (head, name): tensor.clone() for head, own in trainer.weights.items() for name, tensor in own.items()
+    }
     trainer.run()
-    assert torch.equal(trainer.weights["copper"]["descriptor.se_atten.embeddings.0.layers.0.w"], before)
+    changed = {
+        f"{head}/{name}"
+        for (head, name), tensor in before.items()
+        if not torch.equal(tensor, trainer.weights[head][name])
+    }
+    assert changed == {*trainer.parameters}
 
 
 @pytest.mark.parametrize("longest", [1e-3, 1e9])
