@@ -90,11 +90,14 @@ class GraphStore:
         """Create what is the user's alone, and refuse another's; False where nothing can be written."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self.of_compiler.mkdir(exist_ok=True, mode=0o700)
         except OSError:
             return False
-        self._require_private(self.directory, self.of_compiler)
-        return os.access(self.directory, os.W_OK)
+        self._require_private(self.directory)
+        if not os.access(self.directory, os.W_OK):
+            return False
+        self.of_compiler.mkdir(exist_ok=True, mode=0o700)
+        self._require_private(self.of_compiler)
+        return True
 
     def _require_private(self, *paths: Path) -> None:
         for path in paths:

@@ -715,9 +715,7 @@ def test_files_of_the_compiler_that_others_can_write_are_refused(tmp_path: Path)
         store.make()
 
 
-def test_graph_with_a_cpp_library_of_its_own(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graph_with_a_cpp_library_of_its_own(store: Path, tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     found = subprocess.run(["g++", "-print-file-name=libstdc++.a"], capture_output=True, text=True).stdout
@@ -728,9 +726,9 @@ def test_graph_with_a_cpp_library_of_its_own(
         '#!/bin/sh\ncase "$*" in *" -shared "*) set -- "$@" -static-libstdc++; esac\nexec g++ "$@"\n'
     )
     compiler.chmod(0o755)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(compiler)))
     graph = small_graph()
-    require_eager_numbers(graph, data())
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(compiler))}):
+        require_eager_numbers(graph, data())
     assert graph.is_compiled
     (stored,) = store.glob("*.graph")
     assert b"libstdc++.so" not in stored.read_bytes()
