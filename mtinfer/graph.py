@@ -1,4 +1,4 @@
-"""One compiled graph for all heads of an architecture; it and the modules `*_code` know the compiler.
+"""One compiled graph for all heads of an architecture; `*_code` and `lowerings` know the compiler, too.
 
 A graph is a function of tensors: data first, then weights. It is traced once with symbolic data axes and
 fixed weight shapes, compiled once, and kept on disk, so that it serves every head, every structure size and
